@@ -1,0 +1,85 @@
+"""Counter-based randomness: every random bit is a pure function of where it is used.
+
+Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a 64-bit key and four
+32-bit counter words to four random words. We spend the counter as
+
+    key  = seed
+    word = (call, index, layer, use)     call  = element // (elements a call serves), element numbered row-major
+                                         index = global micro-batch (activations, gradients) or step (weights)
+                                         layer = number of the Linear in the model; use = operand, or signs of a GEMM
+
+so nothing depends on tiling, rank, accumulation, recomputation or on what was drawn before, and there is no state to
+save. One call serves 16 elements of 8 bits (byte i of word w to element 4w + i) or 4 of 32. Bit-equal to
+`triton.language.philox` (tests/test_random.py).
+
+Left out: normal variates (initialisation uses a torch.Generator of its own).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+LOW = 0xFFFFFFFF
+
+
+def philox(counter: tuple, key: tuple) -> tuple:
+    """Four counter words and two key words (int64 tensors or ints holding uint32) -> four uint32 words as int64.
+
+    int64 products of two uint32 wrap modulo 2^64, which leaves both 32-bit halves right; `& LOW` undoes the sign.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((b >> 32) & LOW) ^ c1 ^ k0, b & LOW, ((a >> 32) & LOW) ^ c3 ^ k1, a & LOW
+        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
+    return c0, c1, c2, c3
+
+
+@dataclass(frozen=True)
+class Key:
+    """Where randomness is used. `index` may be an int64 tensor of one element: then advancing it needs no host sync
+    and no recompilation. `use` numbers the operand (quant/spec.py OPERANDS)."""
+
+    seed: int
+    index: int | Tensor = 0
+    layer: int = 0
+    use: int = 0
+
+    def __post_init__(self):
+        for name in ("seed", "layer", "use"):
+            if not 0 <= getattr(self, name) < 2 ** (64 if name == "seed" else 32):
+                raise ValueError(f"Key({name}={getattr(self, name)}): expected 0 <= {name} < 2^{64 if name == 'seed' else 32}")
+
+    def at(self, **where) -> "Key":
+        return replace(self, **where)
+
+    def words(self, device="cpu") -> Tensor:
+        """int64 [5]: index, layer, use, seed low, seed high, the form that kernels take."""
+        fixed = torch.tensor([self.layer, self.use, self.seed & LOW, self.seed >> 32], device=device)
+        index = torch.as_tensor(self.index, dtype=torch.int64, device=device).reshape(1)
+        return torch.cat([index, fixed])
+
+
+def random_ints(rows: int, k: int, bits: int, words: Tensor, transposed: bool = False) -> Tensor:
+    """Random ints in [0, 2^min(bits, 24)) for an operand [rows, k], int32; k must be divisible by 128 / bits.
+
+    `bits` 8 or 32; of 32 the upper 24 are used (fp32 holds fraction + noise exactly up to there).
+    `words`: `Key.words()`. Element (r, i) has number r * k + i wherever it lies in memory; `transposed` returns [k, rows].
+    """
+    n = 128 // bits
+    r, c = torch.arange(rows, device=words.device), torch.arange(k // n, device=words.device)
+    index, layer, use, low, high = words.unbind()
+    if transposed:
+        calls = (c[:, None] + r[None, :] * (k // n))[:, None, None, :]  # [k / n, 1 word, 1 part of it, rows]
+    else:
+        calls = (r[:, None] * (k // n) + c[None, :])[:, :, None, None]  # [rows, k / n, 1, 1]
+    axis = 1 if transposed else 2
+    out = torch.cat(philox((calls & LOW, index, layer, use), (low, high)), axis).to(torch.int32)  # 4 along `axis`
+    if bits == 8:
+        shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=words.device)
+        out = (out >> (shifts[:, None] if transposed else shifts)) & 0xFF
+    else:
+        out = (out >> 8) & 0xFFFFFF
+    return out.flatten(0, 2) if transposed else out.flatten(1, 3)
