@@ -1,0 +1,30 @@
+"""Quantisation as data: formats, specs, recipes, and the reference semantics in plain torch (DESIGN in README.md).
+
+Modules import in one direction:
+formats, random, fuse < spec < scaling, transform < qtensor, quantize < metrics < gemm < linear < policy.
+"""
+
+from quant.formats import FORMATS
+from quant.fuse import fuse
+from quant.gemm import gemm
+from quant.linear import Context, Linear, attach
+from quant.policy import assign
+from quant.qtensor import QTensor
+from quant.quantize import quantize
+from quant.spec import QuantSpec, Recipe, Rule, Scale
+
+__all__ = [
+    "FORMATS",
+    "Context",
+    "Linear",
+    "QTensor",
+    "QuantSpec",
+    "Recipe",
+    "Rule",
+    "Scale",
+    "assign",
+    "attach",
+    "fuse",
+    "gemm",
+    "quantize",
+]

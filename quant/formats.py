@@ -17,8 +17,7 @@ Left out: integers with an implicit scale, codebooks, formats wider than 16 bits
 """
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,51 +40,26 @@ class Format:
     finite_max: float | None = None
     torch_dtype: torch.dtype | None = None  # a torch dtype with the same bit patterns, where there is one
 
-    @property
-    def bits(self) -> int:
-        return 1 + self.exponent_bits + self.mantissa_bits
+    # Derived (set once: torch.compile cannot trace the first use of a cached_property):
+    bits: int = field(init=False)
+    emin: int = field(init=False)  # exponent of the smallest normal number, and of all subnormals
+    max_code: int = field(init=False)  # magnitude code of the largest finite value
+    max: float = field(init=False)
+    tiny: float = field(init=False)  # smallest positive value, a subnormal
+    nan_code: int | None = field(init=False)  # magnitude code written for NaN and Inf, None if all codes are finite
 
-    @cached_property
-    def emin(self) -> int:
-        """Exponent of the smallest normal number, and of all subnormals."""
-        return 1 - (2 ** (self.exponent_bits - 1) - 1 if self.bias is None else self.bias)
-
-    @cached_property
-    def max_code(self) -> int:
-        """Magnitude code of the largest finite value."""
-        all_ones = (1 << (self.bits - 1)) - 1
-        if self.finite_max is None:
-            return all_ones
-        exponent = math.floor(math.log2(self.finite_max))
-        return int(self.finite_max * 2.0 ** (self.mantissa_bits - exponent)) + (
-            (exponent - self.emin) << self.mantissa_bits
-        )
-
-    @cached_property
-    def max(self) -> float:
-        """Largest finite value."""
-        return self._magnitude(self.max_code)
-
-    @property
-    def tiny(self) -> float:
-        """Smallest positive value (a subnormal)."""
-        return self._magnitude(1)
-
-    @cached_property
-    def nan_code(self) -> int | None:
-        """Magnitude code written for NaN and Inf (the all-ones code), or None where every code is finite."""
-        all_ones = (1 << (self.bits - 1)) - 1
-        return all_ones if all_ones > self.max_code else None
-
-    @cached_property
-    def _saturated(self) -> int:
-        """An fp32 bit pattern that is finite, and at least two binades above `max` where fp32 reaches that far."""
-        field = (self.max_code >> self.mantissa_bits) + self.emin + 127 + 2
-        return min(field << 23, 0x7F7FFFFF)
-
-    @property
-    def code_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.bits <= 8 else torch.uint16
+    def __post_init__(self):
+        E, M = self.exponent_bits, self.mantissa_bits
+        emin = 1 - (2 ** (E - 1) - 1 if self.bias is None else self.bias)
+        top = all_ones = (1 << (E + M)) - 1
+        if self.finite_max is not None:
+            exponent = math.floor(math.log2(self.finite_max))
+            top = int(self.finite_max * 2.0 ** (M - exponent)) + ((exponent - emin) << M)
+        derived = {"bits": 1 + E + M, "emin": emin, "max_code": top, "nan_code": all_ones if top < all_ones else None}
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "max", self._magnitude(top))
+        object.__setattr__(self, "tiny", self._magnitude(1))
 
     def _magnitude(self, code: int) -> float:
         field = max(code >> self.mantissa_bits, 1)
@@ -100,17 +74,37 @@ class Format:
           | stochastic8 (`random`: int in [0, 256); up iff floor(256 fraction) + random >= 256: the carry rule
             of TransformerEngine's portable path, specs/nvfp4.md 2.5).
         """
-        m, lowest = self.mantissa_bits, (self.emin + 127) << 23  # exponent fields below, of fp32
         bits = x.view(torch.int32)
-        a = (bits & 0x7FFFFFFF).clamp(max=self._saturated)  # also makes NaN a number that saturates
-        e = (a & FLOAT32_EXPONENT).clamp(min=lowest)
-        # 2^(1 - e) rather than 2^-e: its exponent field is 1 ... 254 for every e, so it is always a normal number.
-        t = a.view(torch.float32) * ((255 << 23) - e).view(torch.float32) * 2.0 ** (m - 1)
-        code = _round(t, rounding, random).to(torch.int32) + ((e - lowest) >> (23 - m))
+        quanta, e = self._quanta(x, bits, rounding, random)
+        quanta = torch.where(quanta == quanta, quanta, 0.0)  # an int of NaN is not defined
+        code = quanta.to(torch.int32) + ((e - ((self.emin + 127) << 23)) >> (23 - self.mantissa_bits))
         code = code.clamp(max=self.max_code)
         if self.nan_code is not None:
             code = torch.where((bits & FLOAT32_EXPONENT) == FLOAT32_EXPONENT, self.nan_code, code)
-        return code | ((bits >> 31) & 1) << (self.bits - 1)
+        return torch.where(bits < 0, code + (1 << (self.bits - 1)), code)
+
+    def round(self, x: Tensor, rounding: str = "nearest", random: Tensor | None = None) -> Tensor:
+        """fp32 [...] -> fp32 values of this format: decode(encode(x)), except that NaN stays NaN and Inf saturates.
+
+        A third of the operations of going through the codes, and what an emulated GEMM needs.
+        """
+        bits = x.view(torch.int32)
+        quanta, e = self._quanta(x, bits, rounding, random)
+        value = (quanta * 2.0**-self.mantissa_bits * e.view(torch.float32)).clamp(max=self.max)
+        return torch.where(bits < 0, -value, value)
+
+    def _quanta(self, x: Tensor, bits: Tensor, rounding: str, random: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x fp32, its bit patterns -> (fp32: |x| in quanta, rounded to an integer; 2^e as an fp32 bit pattern).
+
+        Views between fp32 and int32 are few on purpose: compiled C++ takes them through memory, and each costs as much
+        as ten operations.
+        """
+        limit = min(2.0 ** (math.floor(math.log2(self.max)) + 2), 2.0**127)
+        a = x.abs().clamp(max=limit)
+        e = (bits & FLOAT32_EXPONENT).clamp((self.emin + 127) << 23, (round(math.log2(limit)) + 127) << 23)
+        # 2^(1 - e) rather than 2^-e: its exponent field is 1 ... 254 for every e, so it is always a normal number.
+        t = a * ((255 << 23) - e).view(torch.float32) * 2.0 ** (self.mantissa_bits - 1)
+        return _round(t, rounding, random), e
 
     def decode(self, code: Tensor) -> Tensor:
         """int codes [...] -> fp32 values [...], exactly; codes above `max` are NaN (or Inf, see the class)."""
@@ -125,10 +119,6 @@ class Format:
             if m and (self.max_code + 1) & ((1 << m) - 1) == 0:
                 value = torch.where(magnitude == self.max_code + 1, math.inf, value)
         return torch.where(code >= 1 << (self.bits - 1), -value, value)
-
-    def round(self, x: Tensor, rounding: str = "nearest", random: Tensor | None = None) -> Tensor:
-        """fp32 [...] -> the fp32 values nearest in this format (saturating); NaN and Inf pass unchanged."""
-        return torch.where(x.isfinite(), self.decode(self.encode(x, rounding, random)), x)
 
     def values(self) -> Tensor:
         """fp32 [2^bits]: the value of every code."""

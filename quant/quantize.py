@@ -4,20 +4,17 @@
     scale, enc = scales(bmax, amax)              code = round(fl(y * enc)), saturating
 
 Every step is fp32 arithmetic with a stated order, so eager and compiled, CPU and GPU give the same bits. The steps are
-five small functions below, `_units`; after `fuse(True)` each runs as one torch.compile'd loop (C++ on a CPU, Triton on
-a GPU), which changes the speed and nothing else (tests/test_fused.py). They are cut where a tensor should be in memory:
-fused across the cut, the inverse scale of a block would be computed again for each of its elements.
+the units below, each of which may run as one fused loop (quant/fuse.py). They are cut where a tensor should be in
+memory: fused across the cut, the inverse scale of a block would be computed again for each of its elements.
 """
 
-import functools
-import shutil
-import types
 from math import prod
 
 import torch
 from torch import Tensor
 
 from quant.formats import FORMATS, ROUNDINGS
+from quant.fuse import run
 from quant.qtensor import QTensor, contraction_axis, in_memory, logical, pack, to_blocks, unpack
 from quant.random import Key, random_ints
 from quant.scaling import FLT_MAX, block_scale, tensor_scale
@@ -27,11 +24,11 @@ from quant.transform import hadamard, signs
 # --- the units: tensors in their memory layout, blocks [P / p, p, Q / q, q]; `spec` and `axis` are constants ---
 
 
-def _rotate(tiles, s, *, spec, axis):
+def _rotate(tiles, s):
     return hadamard(tiles, s)
 
 
-def _scales(blocks, *, spec, axis):
+def _scales(blocks, *, spec):
     """-> scale codes uint8, encode factors fp32 and decoded scales fp32, all [P / p, 1, Q / q, 1]; global scale []."""
     bmax = blocks.abs().amax((1, 3), keepdim=True).to(torch.float32)
     s_enc, s_dec = tensor_scale(bmax.amax(), spec)
@@ -39,20 +36,20 @@ def _scales(blocks, *, spec, axis):
     return codes.to(torch.uint8), enc, FORMATS[spec.scale.format].decode(codes), s_dec
 
 
-def _codes(blocks, enc, noise, spec):
-    v = (blocks.abs().to(torch.float32) * enc).clamp(max=FLT_MAX)
-    v = torch.copysign(v, blocks.to(torch.float32))  # the sign of the input, also where v is NaN
-    return FORMATS[spec.format].encode(v, spec.rounding, noise)
+def _scaled(blocks, enc):
+    """y * enc, finite where y and enc are (enc is FLT_MAX for a block whose scale rounds to 0)."""
+    return (blocks.to(torch.float32) * enc).clamp(-FLT_MAX, FLT_MAX)
 
 
 def _pack(blocks, enc, noise, *, spec, axis):
-    return pack(_codes(blocks, enc, noise, spec), FORMATS[spec.format].bits, axis)
+    element = FORMATS[spec.format]
+    return pack(element.encode(_scaled(blocks, enc), spec.rounding, noise), element.bits, axis)
 
 
-def _values(blocks, enc, decoded, noise, *, spec, axis):
-    """-> BF16 code * scale, without the detour of codes through memory. For E2M1 (2 significant bits) and E4M3 (4) the
-    product is exact in BF16 (8), so the GEMM's operand is the quantised value itself, but for the global scale."""
-    return (FORMATS[spec.format].decode(_codes(blocks, enc, noise, spec)) * decoded).to(torch.bfloat16)
+def _values(blocks, enc, decoded, noise, *, spec):
+    """-> BF16 code * scale, without the detour through codes. For E2M1 (2 significant bits) and E4M3 (4) the product is
+    exact in BF16 (8), so the GEMM's operand is the quantised value itself, but for the global scale."""
+    return (FORMATS[spec.format].round(_scaled(blocks, enc), spec.rounding, noise) * decoded).to(torch.bfloat16)
 
 
 def _decode(packed, scale, *, spec, axis):
@@ -63,37 +60,6 @@ def _decode(packed, scale, *, spec, axis):
 
 def _noise(rows, k, words, *, spec, axis):
     return random_ints(rows, k, ROUNDINGS[spec.rounding], words, transposed=axis == 1)
-
-
-_fuse = False
-
-
-def fuse(on: bool) -> str:
-    """Compile the units from now on, or stop doing so. Returns one line that says what runs and why.
-
-    A process-wide switch that changes speed only; without a C++ compiler on a CPU the answer is eager.
-    """
-    global _fuse
-    cuda = torch.cuda.is_available()
-    compiler = cuda or any(map(shutil.which, ("c++", "g++", "clang++")))
-    _fuse = bool(on and compiler)
-    if _fuse:
-        return f"quantiser: fused by torch.compile ({'Triton' if cuda else 'C++'}), bit-equal to eager"
-    return "quantiser: eager, " + ("as asked" if not on else "since there is no C++ compiler (install g++ to fuse it)")
-
-
-@functools.lru_cache(maxsize=None)
-def _compiled(unit, spec: QuantSpec, axis: int):
-    # A code object of its own for each spec: torch.compile counts recompilations per code object.
-    clone = types.FunctionType(unit.__code__.replace(co_name=f"{unit.__name__}_{axis}"), globals())
-    clone.__kwdefaults__ = {"spec": spec, "axis": axis}
-    return torch.compile(clone, fullgraph=True, dynamic=True)
-
-
-def _run(unit, spec: QuantSpec, axis: int, *args):
-    if _fuse and not torch.compiler.is_compiling():
-        return _compiled(unit, spec, axis)(*args)
-    return unit(*args, spec=spec, axis=axis)
 
 
 # --- what the rest of the house calls ---
@@ -116,7 +82,7 @@ def rotated(x: Tensor, spec: QuantSpec, sign_key: Key | None = None) -> Tensor:
     s = signs(spec.hadamard, spec.signs, sign_key and sign_key.words(x.device), x.device)
     m, transposed = in_memory(x)
     tiles = m.view(-1, spec.hadamard, x.shape[0] if transposed else 1)
-    return logical(_run(_rotate, spec, 1, tiles, s).view(m.shape), transposed)
+    return logical(run(_rotate, tiles, s).view(m.shape), transposed)
 
 
 def _prepare(x: Tensor, spec: QuantSpec, key: Key | None, sign_key: Key | None):
@@ -129,8 +95,8 @@ def _prepare(x: Tensor, spec: QuantSpec, key: Key | None, sign_key: Key | None):
     blocks = to_blocks(m, spec.block, transposed)
     noise = None
     if spec.stochastic:
-        noise = _run(_noise, spec, axis, *x.shape, key.words(x.device)).view(blocks.shape)
-    return blocks, noise, _run(_scales, spec, axis, blocks), transposed, axis
+        noise = run(_noise, *x.shape, key.words(x.device), spec=spec, axis=axis).view(blocks.shape)
+    return blocks, noise, run(_scales, blocks, spec=spec), transposed, axis
 
 
 def quantize(x: Tensor, spec: QuantSpec, key: Key | None = None, sign_key: Key | None = None) -> QTensor:
@@ -143,7 +109,7 @@ def quantize(x: Tensor, spec: QuantSpec, key: Key | None = None, sign_key: Key |
     """
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     blocks, noise, (codes, enc, _, global_scale), transposed, axis = _prepare(rows, spec, key, sign_key)
-    packed = _run(_pack, spec, axis, blocks, enc, noise).flatten(2, 3).flatten(0, 1)
+    packed = run(_pack, blocks, enc, noise, spec=spec, axis=axis).flatten(2, 3).flatten(0, 1)
     scale = codes.view(codes.shape[0], codes.shape[2])
     return QTensor(logical(packed, transposed), logical(scale, transposed), global_scale, spec, tuple(x.shape))
 
@@ -151,7 +117,7 @@ def quantize(x: Tensor, spec: QuantSpec, key: Key | None = None, sign_key: Key |
 def quantized_values(x: Tensor, spec: QuantSpec, key: Key | None = None, sign_key: Key | None = None):
     """As `quantize`, for x [R, K]: (BF16 code * scale [R, K], global scale []), bit-equal to decoding its QTensor."""
     blocks, noise, (_, enc, decoded, global_scale), transposed, axis = _prepare(x, spec, key, sign_key)
-    values = _run(_values, spec, axis, blocks, enc, decoded, noise)
+    values = run(_values, blocks, enc, decoded, noise, spec=spec)
     return logical(values.flatten(2, 3).flatten(0, 1), transposed), global_scale
 
 
@@ -163,5 +129,5 @@ def decoded_values(q: QTensor) -> tuple[Tensor, Tensor]:
     per_byte = 2 if FORMATS[q.spec.format].bits <= 4 else 1
     blocks = to_blocks(packed, (b0, b1 // per_byte), transposed)
     scale = q.scale_codes.t() if transposed else q.scale_codes
-    values = _run(_decode, q.spec, axis, blocks, scale[:, None, :, None])
+    values = run(_decode, blocks, scale[:, None, :, None], spec=q.spec, axis=axis)
     return logical(values.flatten(2, 3).flatten(0, 1), transposed), q.global_scale

@@ -63,7 +63,7 @@ class Key:
 
 
 def random_ints(rows: int, k: int, bits: int, words: Tensor, transposed: bool = False) -> Tensor:
-    """Random ints in [0, 2^min(bits, 24)) for an operand [rows, k], int32; k must be divisible by 128 / bits.
+    """Random ints in [0, 2^min(bits, 24)) for an operand [rows, k], uint8 or int32; k divisible by 128 / bits.
 
     `bits` 8 or 32; of 32 the upper 24 are used (fp32 holds fraction + noise exactly up to there).
     `words`: `Key.words()`. Element (r, i) has number r * k + i wherever it lies in memory; `transposed` returns [k, rows].
@@ -79,7 +79,7 @@ def random_ints(rows: int, k: int, bits: int, words: Tensor, transposed: bool = 
     out = torch.cat(philox((calls & LOW, index, layer, use), (low, high)), axis).to(torch.int32)  # 4 along `axis`
     if bits == 8:
         shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=words.device)
-        out = (out >> (shifts[:, None] if transposed else shifts)) & 0xFF
+        out = ((out >> (shifts[:, None] if transposed else shifts)) & 0xFF).to(torch.uint8)  # a quarter of the memory
     else:
         out = (out >> 8) & 0xFFFFFF
     return out.flatten(0, 2) if transposed else out.flatten(1, 3)

@@ -90,6 +90,11 @@ class QuantSpec:
         """Whether quantising needs a Key."""
         return self.stochastic or bool(self.hadamard and self.signs == "fresh")
 
+    @property
+    def transposes(self) -> bool:
+        """Whether the codes of x^T are the codes of x, transposed."""
+        return self.block[0] == self.block[1] and not self.hadamard and not self.stochastic
+
     def short(self) -> str:
         """E.g. `e2m1/1x16 rht16 sr8`, for tables."""
         words = [f"{self.format}/{self.block[0]}x{self.block[1]}"]

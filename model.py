@@ -1,0 +1,195 @@
+"""The transformer, read from top to bottom.
+
+    h = embedding[tokens]                                                            [B, T, D]
+    for each block:   h = h + attention(norm(h))        h = h + ffn(norm(h))
+    logits = head(norm(h))                                                           [B, T, V]
+
+RMSNorm, rotary positions, grouped-query attention, squared ReLU or SwiGLU, no biases, no dropout, untied head. Every
+matrix that multiplies activations is a quant.Linear; norms, embedding, softmax and the two attention products stay in
+the compute dtype (arXiv:2509.25149, section 3 and appendix A). Parameters are fp32 masters and the compute dtype is an
+explicit argument: there is no autocast.
+
+Left out: Mamba blocks (the paper's 12B is a hybrid), mixture of experts, key-value caches, dropout.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from quant import Linear
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class ModelConfig:
+    """Sizes. Defaults are the tiny model; every width is a real multiple of 128."""
+
+    blocks: int = Field(4, ge=1)
+    d_model: int = Field(256, ge=1)
+    ffn: int = Field(1024, ge=1)
+    heads: int = Field(4, ge=1)
+    kv_heads: int = Field(2, ge=1)
+    head_dim: int = Field(64, ge=2, multiple_of=2)
+    vocab_size: int = Field(2048, ge=1)
+    seq_len: int = Field(256, ge=2)
+    activation: Literal["relu2", "swiglu"] = "relu2"
+    tied_head: bool = False
+    rope_base: float = Field(10000.0, gt=0)
+    norm_eps: float = Field(1e-5, gt=0)
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads = {self.heads} must be a multiple of kv_heads = {self.kv_heads}")
+
+
+class RMSNorm(nn.Module):
+    """x [..., D] -> x / rms(x) * gain, in fp32, returned in x's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.to(torch.float32), x.shape[-1:], self.weight, self.eps).to(x.dtype)
+
+
+def rope_table(config: ModelConfig, device=None) -> Tensor:
+    """fp32 [2, seq_len, head_dim / 2]: cos and sin of position / base^(2 i / head_dim)."""
+    half = config.head_dim // 2
+    frequency = config.rope_base ** -(torch.arange(half, dtype=torch.float64, device=device) / half)
+    angle = torch.arange(config.seq_len, dtype=torch.float64, device=device)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()]).to(torch.float32)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotary positions: x [B, H, T, d], pairs (i, i + d/2) turned by the angle of their position."""
+    cos, sin = table[:, : x.shape[2]]
+    a, b = x.to(torch.float32).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
+        self.qkv = Linear(c.d_model, (c.heads + 2 * c.kv_heads) * c.head_dim)
+        self.out = Linear(c.heads * c.head_dim, c.d_model)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H + 2 KV, T, d]
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        q, k = rotate(q, rope), rotate(k, rope)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gated = c.activation == "swiglu"
+        self.up = Linear(c.d_model, 2 * c.ffn if self.gated else c.ffn)  # swiglu: gate above value
+        self.down = Linear(c.ffn, c.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        if self.gated:
+            gate, value = h.chunk(2, -1)
+            return self.down(F.silu(gate) * value)
+        return self.down(F.relu(h).square())
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(c.d_model, c.norm_eps), Attention(c)
+        self.ffn_norm, self.ffn = RMSNorm(c.d_model, c.norm_eps), FeedForward(c)
+
+    def forward(self, h: Tensor, rope: Tensor) -> Tensor:
+        h = h + self.attn(self.attn_norm(h), rope)
+        return h + self.ffn(self.ffn_norm(h))
+
+
+class GPT(nn.Module):
+    """GPT(config)(tokens int64 [B, T], T <= seq_len) -> logits [B, T, V] in the compute dtype.
+
+    `recompute`: keep only the input of each block and run it again in backward; noise and formats replay exactly,
+    since they are functions of the position in the run, not of a generator.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16, recompute: bool = False):
+        super().__init__()
+        self.config, self.dtype, self.recompute = config, dtype, recompute
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = Linear(config.d_model, config.vocab_size)
+        if config.tied_head:
+            self.head.weight = self.embedding.weight
+        self.register_buffer("rope", rope_table(config, self.norm.weight.device), persistent=False)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> "GPT":
+        """Normal(0, 0.02), and 0.02 / sqrt(2 blocks) for the two matrices of a block that write to the residual stream
+        (GPT-2's rule). Draws from a generator of its own."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                residual = name.endswith(("attn.out.weight", "ffn.down.weight"))
+                std = 0.02 / (2 * self.config.blocks) ** 0.5 if residual else 0.02
+                p.copy_(torch.randn(p.shape, generator=generator) * std)
+        return self
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embedding(tokens).to(self.dtype)
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(block, h, self.rope, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = block(h, self.rope)
+        return self.head(self.norm(h))
+
+    def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy in nats, in fp32: a mean, or with reduction="none" one number a token [B T]."""
+        logits = self(tokens).to(torch.float32)
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1), reduction=reduction)
+
+    @torch.no_grad()
+    def sample(self, tokens: list[int], count: int, temperature: float = 0.8, seed: int = 0) -> list[int]:
+        """`tokens` continued by `count` more, drawn with a generator of its own; temperature 0 takes the likeliest.
+
+        Without a cache: each token costs a forward pass over the last seq_len tokens, padded at the end to seq_len (so
+        that rows stay a multiple of every block; causal attention cannot see the padding).
+        """
+        T, device = self.config.seq_len, self.norm.weight.device
+        generator = torch.Generator().manual_seed(seed)
+        tokens = list(tokens)
+        for _ in range(count):
+            window = tokens[-T:]
+            padded = torch.tensor([window + [0] * (T - len(window))], device=device)
+            logits = self(padded)[0, len(window) - 1].float().cpu()
+            if temperature == 0:
+                tokens.append(int(logits.argmax()))
+            else:
+                tokens.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
+        return tokens
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters, embedding and head included; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(config).parameters())
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """Of forward and backward, counting a multiply-add as 2: 6 for each parameter of a matrix (the embedding is a
+    look-up), and 6 T H d a block for causal attention, half of the full T x T products."""
+    c = config
+    block = c.d_model * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
+    block += c.d_model * c.ffn * (3 if c.activation == "swiglu" else 2)
+    attention = 6 * c.seq_len * c.heads * c.head_dim
+    return c.blocks * (6 * block + attention) + 6 * c.d_model * c.vocab_size
