@@ -12,6 +12,8 @@ explicit argument: there is no autocast.
 Left out: Mamba blocks (the paper's 12B is a hybrid), mixture of experts, key-value caches, dropout.
 """
 
+import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -177,6 +179,26 @@ class GPT(nn.Module):
             else:
                 tokens.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
         return tokens
+
+
+@torch.no_grad()
+def measure(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], bytes_per_token: Tensor) -> tuple[float, float]:
+    """(loss in nats a token, bits per byte) of a model over batches of x, y int64 [B, T].
+
+    Bits per byte = nats of all tokens that stand for text, over ln 2 times their UTF-8 bytes; special tokens count in
+    neither sum, so that models with different tokenizers compare (nanochat's definition).
+    """
+    device, training = model.norm.weight.device, model.training
+    size_of = bytes_per_token.to(device)
+    nats, text_nats, size, count = 0.0, 0.0, 0, 0
+    model.eval()
+    for x, y in batches:
+        x, y = x.to(device), y.to(device)
+        losses, sizes = model.loss(x, y, reduction="none").double(), size_of[y].flatten()
+        nats, text_nats = nats + losses.sum(), text_nats + losses[sizes > 0].sum()
+        size, count = size + sizes.sum(), count + losses.numel()
+    model.train(training)
+    return float(nats) / count, float(text_nats) / float(size) / math.log(2)
 
 
 def parameter_count(config: ModelConfig) -> int:

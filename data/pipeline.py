@@ -137,9 +137,7 @@ def _make_tokenizer(config: DataConfig, given: Tokenizer | None, documents: Iter
     return Tokenizer.load(folder)
 
 
-def _write_shards(
-    config: DataConfig, documents: Documents, tok: Tokenizer, manifest: dict, folder: Path, quiet: bool
-) -> None:
+def _write_shards(config: DataConfig, documents: Documents, tok: Tokenizer, manifest: dict, folder: Path, quiet: bool) -> None:
     dtype = shards.token_dtype(tok.vocab_size)
     ids: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     text_bytes = dict.fromkeys(SPLITS, 0)

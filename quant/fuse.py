@@ -35,7 +35,7 @@ def fuse(on: bool) -> str:
     return "quantiser: eager, " + ("as asked" if not on else "since there is no C++ compiler (install g++ to fuse it)")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiled(unit, constants: tuple):
     # A code object of its own for each set of constants: torch.compile counts recompilations per code object.
     clone = types.FunctionType(unit.__code__.replace(co_name=unit.__name__), unit.__globals__)

@@ -23,7 +23,7 @@ Operand = tuple[Tensor, Tensor | None]
 
 
 def pick_mode(wanted: str, device: torch.device) -> tuple[str, str]:
-    """"auto" or one of MODES -> (mode, one line that says which and why)."""
+    """ "auto" or one of MODES -> (mode, one line that says which and why)."""
     if wanted != "auto":
         return wanted, f"emulated GEMMs: {wanted}, as asked"
     if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():

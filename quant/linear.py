@@ -6,7 +6,8 @@
 
 Each operand is quantised from the original tensor along its own contraction, never by requantising another copy. What
 wgrad needs of x is quantised in the forward pass and kept packed (4.5 bits an element for NVFP4); the BF16 x is not.
-W is quantised once per change of the weight (its version counter), hence once per optimiser step.
+W is quantised once per change of the weight (its version counter), hence once per optimiser step. torch's fused optimisers
+do not advance that counter: after theirs, call torch.autograd.graph.increment_version(parameters), as train.py does.
 
 The model is built with Linear from the start; a policy sets `.recipe`, so per-layer exceptions, BF16 evaluation and
 switches during the run are assignments. Without a recipe a Linear is `F.linear` in the dtype of its input, bit for bit.
@@ -81,6 +82,10 @@ class Linear(nn.Linear):
         """The QTensor of fprop.w, or None where the recipe leaves it in the compute dtype."""
         spec = self.recipe and self.recipe.fprop.w
         return quantize(self._source(), spec, *self._keys("fprop.w", spec)) if spec else None
+
+    def use(self, q: QTensor) -> None:
+        """Take these codes for fprop.w (and dgrad.w where W^T has the same ones) until the weight changes."""
+        self._cached("fprop.w", q.spec, lambda: decoded_values(q))
 
     def check(self, tokens: int) -> None:
         """Raises ValueError if some operand cannot be cut into blocks with `tokens` rows of x."""

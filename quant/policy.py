@@ -62,7 +62,9 @@ def assign(
                 module.recipe = recipes.get(rule.recipe)
                 break
         else:
-            raise ValueError(f"no policy rule matches the Linear {name!r} at {progress:.0%} of the run; add a last rule for all")
+            raise ValueError(
+                f"no policy rule matches the Linear {name!r} at {progress:.0%} of the run; add a last rule for all"
+            )
     return chosen
 
 

@@ -179,4 +179,6 @@ class Rule:
             if (getattr(self, key) or 0) < 0:
                 raise ValueError(f"{key} = {getattr(self, key)}: expected a number of blocks, 0 or more")
         if not 0.0 <= self.after <= self.until <= 1.0:
-            raise ValueError(f"after = {self.after}, until = {self.until}: expected 0 <= after <= until <= 1 (shares of the run)")
+            raise ValueError(
+                f"after = {self.after}, until = {self.until}: expected 0 <= after <= until <= 1 (shares of the run)"
+            )

@@ -1,0 +1,213 @@
+"""Checkpoints: plain safetensors in a folder that is either complete or not there.
+
+    out/NAME/step_000100/   model.safetensors      fp32 masters, by parameter name: the truth
+                            optimizer.safetensors  exp_avg.NAME, exp_avg_sq.NAME: fp32
+                            quantized.safetensors  codes, scales and global scales of every quantised weight, as the
+                                                   forward pass of training used them; their specs in the metadata
+                            state.json             step, tokens, data position, policy in force
+                            tokenizer.model        MANIFEST.json (sha256 of each file)        COMPLETE
+
+Written to a temporary folder, every file fsynced, the folder renamed: a kill at any moment leaves the older steps and at
+worst a folder that is never read. Nothing of a random generator is stored, because nothing draws from one: noise and data
+are functions of the counters in state.json.
+
+Left out so far: several ranks, export formats.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from configs import Config, load
+from data import Tokenizer
+from model import GPT
+from quant import QTensor, assign, attach
+from quant.linear import Context, linears
+
+VERSION = 1
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / f"step_{step:06d}"
+
+
+def steps(run: Path) -> list[int]:
+    """The complete steps of a run, oldest first; complete means that COMPLETE is there, not that the bits are intact."""
+    return sorted(int(f.parent.name[5:]) for f in run.glob("step_*/COMPLETE"))
+
+
+def save(run: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: dict, tokenizer: Path, keep: int) -> Path:
+    """Write step_STEP of a run and delete all but the newest `keep`. Returns the folder.
+
+    Raises OSError, with what is safe in its message, if it cannot be written; earlier steps are untouched then.
+    """
+    folder, temporary = step_folder(run, step), run / f".writing_step_{step:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file(parameters(model), temporary / "model.safetensors")
+        save_file(_moments(model, optimizer), temporary / "optimizer.safetensors")
+        tensors, descriptions = {}, {}
+        for name, module in linears(model).items():
+            if (q := module.quantized_weight()) is not None:
+                parts, descriptions[name] = q.state(name)
+                tensors |= parts
+        save_file(tensors, temporary / "quantized.safetensors", metadata={"specs": json.dumps(descriptions)})
+        shutil.copyfile(tokenizer, temporary / "tokenizer.model")
+        (temporary / "state.json").write_text(json.dumps({"version": VERSION, "step": step, **state}, indent=1))
+        manifest = {f.name: sha256(f) for f in sorted(temporary.iterdir())}
+        (temporary / "MANIFEST.json").write_text(json.dumps({"version": VERSION, "sha256": manifest}, indent=1))
+        (temporary / "COMPLETE").touch()
+        for f in (*temporary.iterdir(), temporary):
+            _fsync(f)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        _fsync(run)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        safe = steps(run)
+        rest = f"the newest complete checkpoint is {step_folder(run, safe[-1])}" if safe else "there is no earlier checkpoint"
+        raise OSError(f"could not write {folder}: {error}; {rest}") from None
+    for old in steps(run)[:-keep]:
+        if old != step:
+            shutil.rmtree(step_folder(run, old))
+    return folder
+
+
+def size_estimate(model: nn.Module) -> int:
+    """Bytes of one checkpoint: masters and two moments in fp32, quantised weights at most a byte a parameter."""
+    return 13 * sum(p.numel() for p in model.parameters())
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{key}.{name}": optimizer.state[p][key]
+        for name, p in model.named_parameters()
+        for key in ("exp_avg", "exp_avg_sq")
+        if p in optimizer.state
+    }
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fault(folder: Path) -> str | None:
+    """None if every file of a step folder has the bits its manifest names; else one clause that says what is wrong."""
+    try:
+        manifest = json.loads((folder / "MANIFEST.json").read_text())
+        expected = dict(manifest["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{folder / 'MANIFEST.json'} is missing or unreadable"
+    if not (folder / "COMPLETE").exists():
+        return f"{folder} was never completed (it has no COMPLETE)"
+    for name, digest in expected.items():
+        if not (folder / name).exists():
+            return f"{folder / name} is missing"
+        if sha256(folder / name) != digest:
+            return f"{folder / name} is truncated or altered (its sha256 is not the one in MANIFEST.json)"
+    return None
+
+
+def intact(folder: Path) -> None:
+    """Raises ValueError if a step folder is damaged, naming the file and the newest intact step of the run."""
+    if (wrong := fault(folder)) is None:
+        return
+    good = [s for s in steps(folder.parent) if step_folder(folder.parent, s) != folder]
+    good = next((s for s in reversed(good) if fault(step_folder(folder.parent, s)) is None), None)
+    offer = f"the newest intact step is {good}: continue from it with run.resume={good}" if good else "no other step is intact"
+    raise ValueError(f"{wrong}; {offer}")
+
+
+def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict:
+    """Load masters and moments into a model and its optimiser; returns state.json. Raises ValueError if damaged or if the
+    model has other parameters."""
+    intact(folder)
+    state = json.loads((folder / "state.json").read_text())
+    _fill(model, load_file(folder / "model.safetensors"), folder)
+    moments = load_file(folder / "optimizer.safetensors")
+    for name, p in model.named_parameters():
+        if f"exp_avg.{name}" in moments:
+            optimizer.state[p] = {
+                "step": torch.tensor(float(state["step"])),
+                **{key: moments[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")},
+            }
+    return state
+
+
+@torch.no_grad()
+def _fill(model: GPT, tensors: dict[str, Tensor], folder: Path) -> None:
+    for name, p in model.named_parameters():
+        shape = tuple(tensors[name].shape) if name in tensors else "nothing"
+        if shape != tuple(p.shape):
+            raise ValueError(f"{folder / 'model.safetensors'}: {name} is {shape}, the config's model wants {tuple(p.shape)}")
+        p.copy_(tensors[name])
+
+
+@dataclass
+class Loaded:
+    model: GPT
+    config: Config
+    tokenizer: Tokenizer
+    state: dict
+    folder: Path
+
+
+def find(run_or_step: str | Path) -> Path:
+    """out/NAME (its newest complete step) or out/NAME/step_N -> the step folder. Raises ValueError if there is none."""
+    path = Path(run_or_step)
+    if (path / "state.json").exists():
+        return path
+    if not (found := steps(path)):
+        raise ValueError(f"{path}: neither a checkpoint nor a run folder with a complete one")
+    return step_folder(path, found[-1])
+
+
+def load_model(run_or_step: str | Path, weights: str = "master") -> Loaded:
+    """The model of a checkpoint, with the policy in force when it was saved, in evaluation mode.
+
+    weights: "master" = fp32 masters, which the policy quantises again; "quantized" = the stored codes and scales, whose
+    forward pass is bitwise that of training, without needing the masters of quantised matrices.
+    Raises ValueError if the checkpoint is damaged or absent.
+    """
+    folder = find(run_or_step)
+    intact(folder)
+    config = load(folder.parent / "config.toml")
+    state = json.loads((folder / "state.json").read_text())
+    model = GPT(config.model, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]).eval()
+    attach(model, Context(config.train.seed, state["gemm"]))
+    tensors = load_file(folder / "model.safetensors")
+    assign(model, config.recipes, config.policy, state["progress"])
+    if weights == "quantized":
+        with safe_open(folder / "quantized.safetensors", "pt") as f:
+            stored = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+            specs = json.loads(f.metadata()["specs"])
+        codes = {name: QTensor.from_state(name, stored, description) for name, description in specs.items()}
+        tensors |= {f"{name}.weight": q.dequantize() for name, q in codes.items()}
+    _fill(model, tensors, folder)
+    model.requires_grad_(False)
+    if weights == "quantized":
+        for name, q in codes.items():
+            linears(model)[name].use(q)
+    return Loaded(model, config, Tokenizer.load(folder), state, folder)

@@ -1,0 +1,82 @@
+"""python evaluate.py RUN_OR_STEP [--windows N] [--sample PROMPT ...]: what a checkpoint is worth.
+
+One table over the validation set (bits per byte, see model.measure), the same windows in each row:
+
+    as trained     masters, quantised by the policy the checkpoint was saved under
+    stored codes   the codes and scales of quantized.safetensors: bitwise the row above, without the masters
+    bf16           the same masters in the compute dtype
+
+and `difference`, the mean over windows of a row's loss minus the last row's, with its paired standard error: much smaller
+than that of either mean. Also written to evaluation.json in the step folder. With --sample, texts that continue a prompt.
+
+Left out so far: lm-eval tasks, exported checkpoints.
+"""
+
+import argparse
+import json
+import math
+import sys
+
+import torch
+
+import checkpoint
+from data import Corpus, prepare
+from model import measure
+from quant.policy import unquantized
+
+
+def row(model, corpus: Corpus, count: int) -> dict:
+    """{loss, bpb, each window's loss} over `count` windows of the validation set, evenly spread."""
+    T = model.config.seq_len
+    batches = list(corpus.val_batches(1, T, count))
+    table = torch.as_tensor(corpus.tokenizer.bytes_per_token)
+    losses = torch.tensor([measure(model, [batch], table)[0] for batch in batches])
+    loss, bpb = measure(model, batches, table)
+    return {"loss": loss, "bpb": bpb, "windows": losses}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Evaluate a checkpoint; sample from it.")
+    parser.add_argument("run", help="out/NAME or out/NAME/step_N")
+    parser.add_argument("--windows", type=int, default=64, help="validation windows of seq_len tokens (default 64)")
+    parser.add_argument("--sample", metavar="PROMPT", action="append", help="continue this text instead; may be repeated")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens a sample (default 128)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.windows < 2 or args.tokens < 1 or args.temperature < 0:
+        raise ValueError("expected --windows of at least 2, --tokens of at least 1, --temperature of at least 0")
+    loaded = checkpoint.load_model(args.run)
+    print(f"{loaded.folder}: step {loaded.state['step']}, {loaded.state['tokens']:,} tokens")
+    if args.sample:
+        for prompt in args.sample:
+            tokenizer = loaded.tokenizer
+            ids = loaded.model.sample(tokenizer.encode(prompt, bos=True), args.tokens, args.temperature, args.seed)
+            print(f"\n{tokenizer.decode([i for i in ids if i != tokenizer.bos])}")
+        return 0
+    corpus = Corpus(prepare(loaded.config.data, quiet=True))
+    if corpus.tokenizer.sha256 != loaded.tokenizer.sha256:
+        raise ValueError(f"{corpus.folder} was made with another tokenizer than {loaded.folder}")
+    rows = {"as trained": row(loaded.model, corpus, args.windows)}
+    rows["stored codes"] = row(checkpoint.load_model(args.run, "quantized").model, corpus, args.windows)
+    with unquantized(loaded.model):
+        rows["bf16"] = row(loaded.model, corpus, args.windows)
+    print(f"{'':14}{'loss':>9}{'bits/byte':>11}{'difference to bf16':>24}")
+    for name, found in rows.items():
+        delta = found.pop("windows") - rows["bf16"].get("windows", 0)
+        error = float(delta.std()) / math.sqrt(len(delta)) if name != "bf16" else 0.0
+        found |= {"difference": float(delta.mean()) if name != "bf16" else 0.0, "standard_error": error}
+        shown = f"{found['difference']:+14.4f} +- {error:.4f}" if name != "bf16" else ""
+        print(f"{name:14}{found['loss']:9.4f}{found['bpb']:11.4f}  {shown}")
+    path = loaded.folder / "evaluation.json"
+    path.write_text(json.dumps({"windows": args.windows, **rows}, indent=1))
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)

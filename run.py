@@ -1,0 +1,122 @@
+"""The run folder out/NAME: what a run may continue, and the files it writes beside its checkpoints.
+
+    config.toml (resolved) · run.json (command, commit, versions, device, backends) · metrics.jsonl · tb/ · samples.txt
+
+An existing folder continues from its newest complete step if the config continues it, and is refused with the
+differences otherwise. metrics.jsonl is cut back to that step, so a continued run leaves the file of an uninterrupted one.
+"""
+
+import json
+import shutil
+import subprocess
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+import checkpoint
+from configs import Config, differences, dump, load
+
+# Keys that may change when a run is continued: none of them changes a number that training computes.
+FREE = (
+    "run.",
+    "source",
+    "data.cache",
+    "train.log_every",
+    "train.val_",
+    "train.stats_every",
+    "train.profile",
+    "train.recompute",
+)
+
+
+class Run:
+    """One run folder: the config, the console, metrics.jsonl and tensorboard."""
+
+    def __init__(self, config: Config, argv: list[str]):
+        name = config.run.name or f"{Path(config.source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.config, self.folder, self.argv = config, Path(config.run.out) / name, argv
+        self.start = 0  # the first step to do
+        if config.run.overwrite and self.folder.exists():
+            print(f"run: {self.folder} is started anew, as asked (run.overwrite)")
+            shutil.rmtree(self.folder)
+        for left in self.folder.glob(".writing_step_*"):
+            print(f"run: removing {left}, which an interrupted save left behind")
+            shutil.rmtree(left)
+
+    def resume_from(self) -> Path | None:
+        """The checkpoint an existing run folder continues from. Raises ValueError if the config does not continue it."""
+        if not (self.folder / "config.toml").exists():
+            return None
+        old, new = (asdict(c) for c in (load(self.folder / "config.toml"), self.config))
+        changed = differences(old, new)
+        quoted = {k: f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items()}
+        binding = [text for k, text in quoted.items() if not k.startswith(FREE) and not self._same_bits(k, changed[k])]
+        if binding:
+            raise ValueError(
+                f"{self.folder} was trained with another config ({'; '.join(binding)}): give the run another run.name, start it "
+                "anew with run.overwrite=true, or branch from one of its checkpoints with run.init_from="
+            )
+        for key, text in quoted.items():
+            if not key.startswith(("source", "run.")):
+                print(f"run: continues with a change that alters no number, {text}")
+        found = checkpoint.steps(self.folder)
+        if not found:
+            return None
+        step = self.config.run.resume or found[-1]
+        if step not in found:
+            raise ValueError(f"run.resume={step}: {self.folder} has the steps {', '.join(map(str, found))}")
+        checkpoint.intact(checkpoint.step_folder(self.folder, step))
+        return checkpoint.step_folder(self.folder, step)
+
+    @staticmethod
+    def _same_bits(key: str, values: tuple) -> bool:
+        return key == "train.compile" and "model" not in values
+
+    def open(self, step: int, facts: dict) -> None:
+        """Create or continue the files of the run; metrics of later steps than `step` are cut off."""
+        self.start = step
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.toml").write_text(dump(replace(self.config, run=replace(self.config.run, overwrite=False))))
+        (self.folder / "run.json").write_text(json.dumps(facts, indent=1))
+        self.path = self.folder / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.board = SummaryWriter(str(self.folder / "tb"), purge_step=step + 1 if step else None)
+
+    def write(self, metrics: dict[str, float], losses: list[float]) -> None:
+        """One line of metrics.jsonl, numbers also to tensorboard. `step` counts finished steps; `losses` is that of each
+        step since the last line."""
+        with self.path.open("a") as f:
+            f.write(json.dumps({**metrics, "losses": losses}) + "\n")
+        for key, value in metrics.items():
+            if key != "step":
+                self.board.add_scalar(key, value, metrics["step"])
+
+    def check_disk(self, checkpoint_bytes: int) -> None:
+        """Raises ValueError if the checkpoints the run keeps, and the one being written, do not fit on the disk."""
+        need, count = checkpoint_bytes * (self.config.run.keep + 1), self.config.run.keep + 1
+        place = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        if (free := shutil.disk_usage(place).free) < need:
+            raise ValueError(
+                f"{self.folder}: {free / 2**30:.2f} GiB are free, {need / 2**30:.2f} needed for {count} checkpoints"
+            )
+
+    @staticmethod
+    def commit() -> str:
+        """The commit of this code, with "-dirty" if files differ from it."""
+        git = ["git", "describe", "--always", "--dirty"]
+        try:
+            done = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
+        except OSError:
+            return "unknown"
+        return done.stdout.strip() or "unknown"
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None  # half a line that a kill left

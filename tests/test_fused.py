@@ -1,0 +1,239 @@
+"""quant/fuse.py: what torch.compile makes of the units has the bits of eager torch: each unit in both memory layouts, on
+special values, for sizes it was not compiled for; a Linear forward and backward; a Linear compiled whole.
+
+Compiling takes seconds a unit (once, then it is on disk): the default run checks two operands of the NVFP4 recipe, which
+have each kind of unit in them (rotate, scales, noise, values, pack, decode), the slow one everything.
+"""
+
+import math
+import shutil
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from quant import Context, Linear, QuantSpec, Recipe, fuse, quantize
+from quant.quantize import decoded_values, quantized_values, rotated
+from quant.random import Key, random_ints
+from quant.spec import Scale
+
+NV, SQUARE, SR8 = QuantSpec(), QuantSpec(block=(16, 16)), QuantSpec(rounding="stochastic8")
+RHT, RHT_SR8 = QuantSpec(hadamard=16), QuantSpec(hadamard=16, rounding="stochastic8")
+NVFP4 = Recipe(fprop={"x": NV, "w": SQUARE}, dgrad={"g": SR8, "w": SQUARE}, wgrad={"g": RHT_SR8, "x": RHT})
+NVFP4_FRESH = Recipe(
+    fprop={"x": NV, "w": QuantSpec(scale=Scale(order="g1"))},
+    dgrad={"g": QuantSpec(rounding="stochastic"), "w": QuantSpec(scale=Scale(order="g1"))},
+    wgrad={
+        "g": QuantSpec(hadamard=32, signs="fresh", rounding="stochastic"),
+        "x": QuantSpec(hadamard=32, signs="fresh"),
+    },
+)
+KEY = Key(1, 2, 3, 4)
+
+
+@pytest.fixture(autouse=True)
+def switched_off_again():
+    yield
+    fuse(False)
+
+
+@pytest.fixture
+def compiler():
+    line = fuse(True)
+    fuse(False)
+    if ": fused" not in line:
+        pytest.skip(line)
+
+
+def both(function: Callable[[], dict[str, Tensor]], what: str) -> None:
+    fuse(False)
+    eager = function()
+    fuse(True)
+    fused = function()
+    fuse(False)
+    for name in eager:
+        assert_same_bits(fused[name], eager[name], f"{what}: fused {name}")
+
+
+def normal(*shape: int, seed: int = 0, dtype=torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def special(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Operands [32, 64] on which fused arithmetic could go its own way: flushed subnormals, signs of zero, NaN in a
+    maximum, overflow, and scales in every binade."""
+    tiny, top = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+    g = torch.Generator().manual_seed(0)
+    x = normal(32, 64, dtype=dtype)
+    zero_block, nan, inf, outlier = x.clone(), x.clone(), x.clone(), x.clone()
+    zero_block[:16, 16:32] = 0
+    zero_block[3, 20:24] = -0.0
+    nan[31, 63], inf[0, 17], outlier[9, 9] = math.nan, -math.inf, 1e6
+    wild = (x.float() * 2.0 ** torch.randint(-126, 100, (32, 1), generator=g)).to(dtype)
+    steps = torch.randint(-100, 101, (32, 64), generator=g)
+    subnormal = (steps.double() * tiny / 128).to(dtype)  # BF16 has 7 bits below its smallest normal number
+    return {
+        "normal": x, "a zero block": zero_block, "NaN": nan, "Inf": inf, "blocks whose scale is 0": outlier,
+        "wild exponents": wild, "subnormals": subnormal, "subnormals beside 1": torch.where(x > 2, 1, subnormal),
+        "large": (x.float().clamp(-4, 4) * (top / 4)).to(dtype), "zeros": torch.zeros_like(x),
+        "negative zeros": -torch.zeros_like(x),
+    }  # fmt: skip
+
+
+def three_ways(x: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
+    """quantize, quantized_values and decoded_values of x as it lies in memory."""
+    key = KEY if spec.keyed else None
+    q = quantize(x, spec, key)
+    values, scale = quantized_values(x, spec, key)
+    decoded, _ = decoded_values(q)
+    return {
+        "codes": q.packed(), "scales": q.scale_codes, "global scale": q.global_scale, "values": values,
+        "its global scale": scale, "decoded values": decoded,
+    }  # fmt: skip
+
+
+def check_spec(spec: QuantSpec, dtype: torch.dtype, transposed: bool) -> None:
+    for what, x in special(dtype).items():
+        for part, view in {"32 x 64": x, "16 x 48": x[16:, 16:], "64 x 192": x.repeat(2, 3)}.items():
+            view = view.clone().t() if transposed else view
+            what = f"{spec.short()} of {what}, {part}, {dtype}{', transposed' if transposed else ''}"
+            both(lambda view=view: three_ways(view, spec), what)
+
+
+# --- the switch ---
+
+
+def test_it_says_what_runs_and_why(monkeypatch):
+    assert fuse(False) == "quantiser: eager, as asked"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert fuse(True) == "quantiser: eager, since there is no C++ compiler (install g++ to fuse it)"
+    assert not sys.modules["quant.fuse"]._on, "without a compiler it must not try"
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    assert fuse(True) == "quantiser: fused by torch.compile (C++), bit-equal to eager"
+
+
+# --- two operands of the NVFP4 recipe: g of dgrad, and x^T of wgrad, which is kept packed ---
+
+
+def gradient(x: Tensor) -> dict[str, Tensor]:
+    return dict(zip(("values", "scale"), quantized_values(x, SR8, KEY), strict=True))
+
+
+def kept(x: Tensor) -> dict[str, Tensor]:
+    q = quantize(x.t(), RHT)
+    return {"codes": q.packed(), "scales": q.scale_codes, "decoded": decoded_values(q)[0], "scale": q.global_scale}
+
+
+def test_special_values(compiler):
+    for what, x in special(torch.bfloat16).items():
+        both(lambda x=x: gradient(x), f"g: {what}")
+        both(lambda x=x: kept(x), f"x^T: {what}")
+
+
+def test_other_sizes_compile_nothing(compiler):
+    """Sizes change with the batch of an evaluation and from Linear to Linear: one unit must serve them all."""
+    fuse(True)
+    gradient(normal(64, 96)), kept(normal(64, 96))
+    before = counters["stats"]["unique_graphs"]
+    for rows, k in ((32, 64), (96, 32), (128, 256), (48, 48), (240, 80)):
+        x = normal(rows, k)
+        both(lambda x=x: gradient(x) | {f"kept {name}": t for name, t in kept(x).items()}, f"{rows} x {k}")
+    assert counters["stats"]["unique_graphs"] == before, "units were compiled again for other sizes"
+
+
+# --- everything ---
+
+SPECS = [NV, SQUARE, RHT, SR8, RHT_SR8, QuantSpec(rounding="stochastic"), QuantSpec(scale=Scale(order="g1")),
+         QuantSpec(hadamard=128, signs="fresh"), QuantSpec(rounding="away"), QuantSpec(format="e4m3"),
+         QuantSpec(block=(2, 32), rounding="zero"), QuantSpec(format="e3m2", block=(1, 32))]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transposed", [False, True], ids=["row", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.short()} {s.scale.order}")
+def test_every_spec(spec, dtype, transposed, compiler):
+    if spec.hadamard == 128:  # longer than the operands of the others
+        x = special(dtype)["wild exponents"].repeat(4, 4)
+        both(lambda: three_ways(x.t() if transposed else x, spec), spec.short())
+    else:
+        check_spec(spec, dtype, transposed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transposed", [False, True], ids=["row", "transposed"])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_random_bits(bits, transposed, compiler):
+    run = torch.compile(random_ints, fullgraph=True, dynamic=True)
+    for rows, k, key in ((32, 64, KEY), (48, 128, Key(2**64 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1))):
+        expected = random_ints(rows, k, bits, key.words(), transposed)
+        assert_same_bits(run(rows, k, bits, key.words(), transposed), expected, f"{bits} bits, {rows} x {k}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d", [2, 4, 16, 64])
+def test_rotation_alone(d, compiler):
+    spec = QuantSpec(hadamard=d)
+    for dtype in (torch.bfloat16, torch.float32):
+        for what, x in special(dtype).items():
+            for view in (x.repeat(2, 1), x.repeat(2, 1).t()):
+                both(lambda view=view: {"RHT": rotated(view, spec)}, f"{what}, d = {d}")
+
+
+def passes(module: torch.nn.Module, weight: Tensor, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    weight.grad = None
+    y = module(x)
+    y.backward(g)
+    return {"y": y.detach(), "dx": x.grad, "dw": weight.grad.clone()}
+
+
+def make(recipe: Recipe, I: int, O: int, mode: str = "bf16") -> Linear:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = Linear(I, O)
+    module.recipe, module.context = recipe, Context(7, mode)
+    return module
+
+
+def check_linear(recipe: Recipe, mode: str) -> None:
+    for T, I, O in ((64, 96, 128), (32, 160, 64), (128, 64, 64)):
+
+        def once(T=T, I=I, O=O):
+            module = make(recipe, I, O, mode)
+            module.context.at(1, T)
+            return passes(module, module.weight, normal(T, I), normal(T, O, seed=1))
+
+        both(once, f"Linear, T {T}, I {I}, O {O}, {mode}:")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [NVFP4, NVFP4_FRESH], ids=["nvfp4", "fresh g1 sr"])
+@pytest.mark.parametrize("mode", ["bf16", "fp32"])
+def test_a_linear_forward_and_backward(recipe, mode, compiler):
+    check_linear(recipe, mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [NVFP4, NVFP4_FRESH], ids=["nvfp4", "fresh g1 sr"])
+@pytest.mark.parametrize("mode", ["bf16", "fp32"])
+def test_a_linear_compiled_whole(recipe, mode, compiler):
+    """torch.compile(model) sees through a Linear, backward too (fullgraph: no break), and still nothing moves by a bit;
+    nor does a later micro-batch or step need another graph."""
+    module = make(recipe, 96, 128, mode)
+    compiled = torch.compile(module, fullgraph=True)
+    for step in range(3):
+        module.context.at(step // 2, step)
+        x, g = normal(64, 96, seed=step), normal(64, 128, seed=10 + step)
+        eager = passes(module, module.weight, x, g)
+        ours = passes(compiled, module.weight, x, g)
+        for name in eager:
+            assert_same_bits(ours[name], eager[name], f"compiled {name}, micro-batch {step}")
+        if step == 0:
+            before = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == before, "compiled again for the next micro-batch or step"

@@ -1,0 +1,374 @@
+"""python train.py CONFIG [key=value ...] [--print] [--data]: the training loop, read from top to bottom.
+
+    for each step:   for each micro-batch: loss.backward()      clip, AdamW      now and then: log, validate, save
+
+fp32 masters, an explicit compute dtype, gradients summed in fp32. A step is `micro_batches` micro-batches; batch and noise
+of each are functions of (seed, its global number), so what a step computes does not depend on what ran before it, and
+`--resume` needs no generator state. Losses stay on the device until a logging step reads them: nothing else waits.
+
+A non-finite loss or gradient freezes the weights on the device at once (every later update is skipped); the next log
+finds it, runs the first bad step again with statistics on, and names the operands.
+
+Left out so far: several ranks (torchrun), other optimisers.
+"""
+
+import argparse
+import math
+import platform
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import checkpoint
+from configs import Config, dump, load
+from data import Corpus, prepare
+from model import GPT, flops_per_token, measure
+from quant import assign, attach, fuse
+from quant.gemm import pick_mode
+from quant.linear import Context
+from quant.metrics import STATS
+from quant.policy import switches, table, unquantized
+from run import Run
+
+
+class Stop(Exception):
+    """The run ends here, early; the message says why, in one sentence."""
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Warm-up, stable, decay (WSD): linear up over the first share, flat, linear down to lr * final_lr at the last step."""
+    t = config.train
+    warmup, decay = t.warmup * t.steps, t.decay * t.steps
+    up = min(1.0, (step + 1) / max(warmup, 1))
+    down = min(1.0, max(0.0, (t.steps - 1 - step) / max(decay, 1)))
+    return t.lr * min(up, t.final_lr + (1 - t.final_lr) * down)
+
+
+def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
+    """AdamW that decays matrices only, and whose updates a flag on the device can stop (`found_inf`)."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, eps=config.train.eps, fused=True)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one 2048^3 matmul here and now, best of five: the stated denominator of the utilisation."""
+    a = torch.ones(2048, 2048, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+class Trainer:
+    def __init__(self, config: Config, run: Run, corpus: Corpus):
+        t = config.train
+        self.config, self.run, self.corpus = config, run, corpus
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.mode, mode_line = pick_mode(t.gemm, self.device)
+        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[t.dtype]
+        print(fuse(t.compile == "quantiser"))
+        print(mode_line)
+        model = GPT(config.model, self.dtype, t.recompute).initialise(t.seed).to(self.device)
+        self.model, self.optimizer = model, make_optimizer(model, config)
+        self.context = Context(t.seed, self.mode, self.device)
+        attach(model, self.context)
+        self.loss = torch.compile(model.loss) if t.compile == "model" else model.loss
+        self.bytes = torch.as_tensor(corpus.tokenizer.bytes_per_token, device=self.device)
+        self.frozen = torch.zeros((), device=self.device)  # 1 from the first non-finite loss or gradient on
+        self.optimizer.found_inf, self.optimizer.grad_scale = self.frozen, None
+        self.policy: dict[str, str] = {}
+        self.stopped_by = ""
+
+    # --- one step ---
+
+    def forward_backward(self, step: int) -> tuple[Tensor, Tensor]:
+        """All micro-batches of a step -> (mean loss, bytes of the targets), on the device; gradients are left in place."""
+        t = self.config.train
+        total, size = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for i in range(t.micro_batches):
+            number = step * t.micro_batches + i
+            self.context.at(step, number)
+            x, y = self.corpus.batch("train", t.seed, number, t.batch_size, self.config.model.seq_len)
+            x, y = x.to(self.device), y.to(self.device)
+            loss = self.loss(x, y)
+            (loss / t.micro_batches).backward()
+            total += loss.detach() / t.micro_batches
+            size += self.bytes[y].sum().float()
+        return total, size
+
+    def step(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """-> (loss, bytes of the targets, gradient norm), all on the device."""
+        lr = learning_rate(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss, size = self.forward_backward(step)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
+        self.frozen.copy_(torch.maximum(self.frozen, (~(loss.isfinite() & norm.isfinite())).float()))
+        self.optimizer.step()
+        # Fused optimisers leave the version counters alone (torch 2.13), by which Linears know that a weight has changed.
+        torch.autograd.graph.increment_version(self.model.parameters())
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, size, norm
+
+    def set_policy(self, step: int) -> None:
+        """Recipes for this step; printed when they change."""
+        config = self.config
+        chosen = assign(self.model, config.recipes, config.policy, step / config.train.steps)
+        if chosen != self.policy:
+            print(f"policy from step {step}:\n" + "\n".join("  " + line for line in table(chosen, config.recipes).splitlines()))
+            self.policy = chosen
+
+    # --- measuring ---
+
+    def validate(self) -> dict[str, float]:
+        """Loss (nats a token) and bits per byte, as trained and with the same weights in the compute dtype."""
+        t, found = self.config.train, {}
+        stats, self.context.stats = self.context.stats, None
+        for suffix, precision in (("", nullcontext()), ("_bf16", unquantized(self.model))):
+            with precision:
+                batches = self.corpus.val_batches(t.batch_size, self.config.model.seq_len, t.val_batches)
+                found["val_loss" + suffix], found["val_bpb" + suffix] = measure(self.model, batches, self.bytes)
+        self.context.stats = stats
+        return found
+
+    def statistics(self) -> dict[str, float]:
+        """What Context.stats collected, as metrics."""
+        found = {}
+        for name, values in (self.context.stats or {}).items():
+            found |= {f"quant/{name}/{key}": value for key, value in zip(STATS[:-1], values.tolist(), strict=False)}
+        return {k: v for k, v in found.items() if math.isfinite(v)}
+
+    def diagnose(self, step: int) -> str:
+        """Run a step again (the weights are still those before it) with statistics on: its ten worst operands."""
+        self.context.stats = {}
+        self.set_policy(step)
+        self.forward_backward(step)
+        rows = [(name, dict(zip(STATS, v.tolist(), strict=True))) for name, v in self.context.stats.items()]
+        sqnr = {name: r["sqnr_db"] if math.isfinite(r["sqnr_db"]) else -math.inf for name, r in rows}
+        rows.sort(key=lambda row: (-row[1]["nonfinite"], sqnr[row[0]]))
+        line = (
+            "  {:32} {nonfinite:.0f} non-finite, SQNR {sqnr_db:.1f} dB, underflow {underflow:.1%}, scales up to {scale_max:.2e}"
+        )
+        return "\n".join(line.format(name, **r) for name, r in rows[:10]) or "  (no operand is quantised)"
+
+    # --- the loop ---
+
+    def save(self, step: int) -> Path:
+        """A checkpoint after `step` finished steps."""
+        state = {
+            "tokens": step * self.config.tokens_per_step,
+            "next_micro_batch": step * self.config.train.micro_batches,
+            "progress": max(step - 1, 0) / self.config.train.steps,  # the policy of the last step done
+            "policy": self.policy,
+            "gemm": self.mode,
+            "data_sha256": self.corpus.sha256,
+        }
+        path = self.corpus.tokenizer.path
+        return checkpoint.save(self.run.folder, step, self.model, self.optimizer, state, path, self.config.run.keep)
+
+    def train(self) -> dict[str, float]:
+        """Steps run.start ... steps - 1. Returns the last metrics. Raises Stop when the run ends early."""
+        t, every = self.config.train, self.config.run.checkpoint_every
+        change = {self.run.start, *(math.ceil(share * t.steps) for share in switches(self.config.policy))}
+        self.peak, self.began = matmul_peak(self.device, self.dtype), time.perf_counter()
+        self.tick, self.timed_steps, self.timed = self.began, 0, 0.0
+        unread, metrics = [], {}  # (loss, bytes, norm) of steps since the last log, still on the device
+        for step in range(self.run.start, t.steps):
+            if step in change:
+                self.set_policy(step)
+            done, last = step + 1, step + 1 == t.steps
+            self.context.stats = {} if t.stats_every and done % t.stats_every == 0 else None
+            with self.profiled(step):
+                unread.append(self.step(step))
+            validating = last or done % t.val_every == 0
+            saving = last or bool(self.stopped_by) or bool(every and done % every == 0)
+            if validating or saving or self.context.stats or done % t.log_every == 0 or step == self.run.start:
+                metrics |= self.log(unread, done, validating, saving)
+                unread = []
+        return metrics
+
+    def log(self, unread: list[tuple[Tensor, Tensor, Tensor]], done: int, validating: bool, saving: bool) -> dict[str, float]:
+        """Read the losses, the one place where the host waits for the device; print, validate, write, save."""
+        t, per_step = self.config.train, self.config.tokens_per_step
+        values = torch.stack([torch.stack(v) for v in unread]).tolist()
+        self.check_finite(values, done)
+        now = time.perf_counter()
+        if done > self.run.start + 1:  # the first step compiles
+            self.timed_steps, self.timed = self.timed_steps + len(values), self.timed + now - self.tick
+        loss, size, norm = (sum(column) / len(values) for column in zip(*values, strict=True))
+        speed = self.timed_steps * per_step / self.timed if self.timed else 0.0
+        left = (t.steps - done) * per_step / speed if speed else 0.0
+        flops = speed * flops_per_token(self.config.model)
+        metrics = {
+            "step": done,
+            "tokens": done * per_step,
+            "loss": loss,
+            "bpb": loss * per_step / size / math.log(2),
+            "lr": learning_rate(self.config, done - 1),
+            "grad_norm": norm,
+            "tokens_per_s": speed,
+            "time_s": now - self.began,
+            "mem_gib": self.memory(),
+            "tflops": flops / 1e12,
+            "utilisation": flops / self.peak,  # of a 2048^3 matmul in the compute dtype, measured at the start
+        }
+        line = f"step {done:5}/{t.steps}  loss {loss:.4f}  bits/byte {metrics['bpb']:.4f}  {speed:7,.0f} tokens/s"
+        end = "\n" if validating or saving or not sys.stdout.isatty() else "\r"
+        print(f"{line}  left {int(left // 60)}:{int(left % 60):02}", end=end, flush=True)
+        if validating:
+            metrics |= (found := self.validate())
+            print(
+                f"           validation {found['val_loss']:.4f} ({found['val_bpb']:.4f} bits/byte) as trained, "
+                f"{found['val_loss_bf16']:.4f} ({found['val_bpb_bf16']:.4f}) with the same weights in {t.dtype.upper()}"
+            )
+        self.run.write(metrics | self.statistics(), losses=[v[0] for v in values])
+        if saving:
+            folder = self.save(done)
+            if self.stopped_by and done < t.steps:
+                again = f"the same command with run.name={self.run.folder.name} continues"
+                raise Stop(f"{self.stopped_by}: saved {folder} and stopped; {again}")
+        self.tick = time.perf_counter()
+        return metrics
+
+    @contextmanager
+    def profiled(self, step: int) -> Iterator[None]:
+        """A trace of the steps that train.profile names, written into the run folder."""
+        first, last = map(int, (self.config.train.profile or "0:0").split(":"))
+        if step == first and first < last:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        yield
+        if step == last - 1 and first < last:
+            self.profiler.stop()
+            path = self.run.folder / f"profile_{first}-{last}.json"
+            self.profiler.export_chrome_trace(str(path))
+            print(f"profile: {path} (for chrome://tracing or ui.perfetto.dev)")
+
+    def check_finite(self, values: list[list[float]], done: int) -> None:
+        """Raises Stop if one of the steps up to `done` had a non-finite loss or gradient norm."""
+        bad = next((i for i, (loss, _, norm) in enumerate(values) if not (math.isfinite(loss) and math.isfinite(norm))), None)
+        if bad is None:
+            return
+        step = done - len(values) + bad
+        found = checkpoint.steps(self.run.folder)
+        safe = (
+            f"the last good checkpoint is {checkpoint.step_folder(self.run.folder, found[-1])}"
+            if found
+            else "no checkpoint yet"
+        )
+        print(f"\nthe ten worst operands of step {step + 1}, run again:\n{self.diagnose(step)}")
+        loss, _, norm = values[bad]
+        raise Stop(f"step {step + 1} is the first with a non-finite loss ({loss}) or gradient norm ({norm}); {safe}")
+
+    def memory(self) -> float:
+        """GiB: the peak of the device's allocator, or of this process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def finish(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """What a person wants to know at the end."""
+    run, config, tokenizer = trainer.run, trainer.config, trainer.corpus.tokenizer
+    texts = []
+    for i in range(config.run.samples):
+        ids = trainer.model.eval().sample([tokenizer.bos], config.run.sample_tokens, seed=i)
+        texts.append(tokenizer.decode([t for t in ids if t != tokenizer.bos]))
+    if texts:
+        (run.folder / "samples.txt").write_text("\n\n---\n\n".join(texts) + "\n")
+        print("\nsamples:\n" + "\n".join(f"  | {' '.join(text.split())}" for text in texts))
+    dtype, utilisation = config.train.dtype.upper(), f"{metrics['utilisation']:.1%} of a 2048^3 matmul measured here"
+    print(
+        f"\nfinal validation loss {metrics['val_loss']:.4f} nats/token, {metrics['val_bpb']:.4f} bits/byte as trained; "
+        f"{metrics['val_loss_bf16']:.4f} and {metrics['val_bpb_bf16']:.4f} in {dtype}\n"
+        f"{metrics['tokens_per_s']:,.0f} tokens/s, {metrics['tflops']:.3f} TFLOP/s ({utilisation} in {dtype})\n\n"
+        f"run folder   {run.folder}  (config.toml, metrics.jsonl, samples.txt, step_{config.train.steps:06d}/)\n"
+        f"curves       .venv/bin/tensorboard --logdir {run.folder.parent}\n"
+        f"evaluate     make eval RUN={run.folder}\n"
+        f"sample       make eval RUN={run.folder} ARGS='--sample \"My fellow citizens\"'\n"
+        "next         make train CONFIG=configs/tiny-bf16.toml     the same run in BF16\n"
+        "             make train ARGS='policy.tail.last=0'         NVFP4 in every block; configs/nvfp4.toml lists more"
+    )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Train a model as a config says.", epilog="see README.md")
+    parser.add_argument("config", help="a TOML file, e.g. configs/tiny-nvfp4.toml")
+    parser.add_argument("override", nargs="*", help="key=value, e.g. train.steps=100 run.name=a")
+    parser.add_argument("--print", action="store_true", help="write the resolved config and stop")
+    parser.add_argument("--data", action="store_true", help="prepare the data and stop")
+    args = parser.parse_intermixed_args(argv)
+    config = load(args.config, args.override)
+    if args.print:
+        print(dump(config), end="")
+        return 0
+    run = Run(config, argv)
+    source = run.resume_from()
+    corpus = Corpus(prepare(config.data))
+    if corpus.vocab_size > config.model.vocab_size:
+        raise ValueError(f"the tokenizer has {corpus.vocab_size} tokens and model.vocab_size = {config.model.vocab_size}")
+    for split in ("train", "val"):
+        corpus.batch(split, 0, 0, 1, config.model.seq_len)  # raises if it is shorter than one window
+    if args.data:
+        return 0
+    trainer = Trainer(config, run, corpus)
+    run.check_disk(checkpoint.size_estimate(trainer.model))
+    step = 0
+    if source or config.run.init_from:
+        folder = source or checkpoint.find(config.run.init_from)
+        state = checkpoint.restore(folder, trainer.model, trainer.optimizer)
+        step = state["step"]
+        if state["data_sha256"] != corpus.sha256:
+            was, now = state["data_sha256"][:12], corpus.sha256[:12]
+            raise ValueError(f"{folder} was trained on other data (manifest sha256 {was}..., now {now}...)")
+        print(f"run: {run.folder} " + ("continues" if source else "branches") + f" from {folder}, after step {step}")
+    if step >= config.train.steps:
+        print(f"run: {run.folder} is finished, its {config.train.steps} steps are done; a new run needs another run.name")
+        return 0
+    versions = {m: sys.modules[m].__version__ for m in ("torch", "numpy", "pydantic", "safetensors")}
+    trainer.set_policy(step)
+    run.open(
+        step,
+        {
+            "command": ["train.py", *argv],
+            "commit": run.commit(),
+            "python": platform.python_version(),
+            "versions": versions,
+            "device": f"{trainer.device} ({platform.processor() or platform.machine()})",
+            "threads": torch.get_num_threads(),
+            "backend": {name: f"emulate {trainer.mode}: {recipe}" for name, recipe in trainer.policy.items()},
+        },
+    )
+    count = sum(p.numel() for p in trainer.model.parameters())
+    print(f"run: {run.folder}: {count:,} parameters, {config.tokens_per_step:,} tokens a step, {config.train.steps} steps")
+
+    def interrupted(number, frame):
+        trainer.stopped_by = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGTERM, interrupted)
+    finish(trainer, trainer.train())
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except Stop as stop:
+        print(f"train.py: {stop}", file=sys.stderr)
+        sys.exit(3 if "non-finite" in str(stop) else 0)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
