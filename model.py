@@ -170,6 +170,8 @@ class GPT(nn.Module):
         T, device = self.config.seq_len, self.norm.weight.device
         generator = torch.Generator().manual_seed(seed)
         tokens = list(tokens)
+        if not tokens:
+            raise ValueError("nothing to continue: expected at least one token, e.g. that of the beginning of a document")
         for _ in range(count):
             window = tokens[-T:]
             padded = torch.tensor([window + [0] * (T - len(window))], device=device)

@@ -5,17 +5,21 @@
     [recipes.name]  wgrad = { g = "spec" | { like = "spec", hadamard = 16 } }
     [[policy]]      rules in order, first match wins; a rule with a `name` is reached as policy.NAME.key
 
-Overrides are `key.path=value` with values in TOML's grammar; what is no TOML value is taken as a string (run.name=a).
-Everything wrong with a file or an override is a ValueError of one sentence: file, key path, what was expected, and the
-nearest valid name.
+Overrides are `key.path=value` with values in TOML's grammar; what is no TOML value is taken as a string (run.name=a), and
+so is a date. Nothing else is converted: "100" is no number, and 1 is not true. A single key of a spec, recipe or rule can
+be set only where that already exists; a new one is given whole (specs.mine={like="nv"}).
+Everything wrong with a file or an override is a ValueError of one sentence: file or override, key path, what was
+expected, and the nearest valid name.
 
 Left out: interpolation, environment variables, includes other than one `extends` a file.
 """
 
 import difflib
 import json
+import re
 import tomllib
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -87,7 +91,7 @@ class Config:
     specs: dict[str, QuantSpec] = Field(default_factory=dict)
     recipes: dict[str, Recipe] = Field(default_factory=dict)
     policy: tuple[Rule, ...] = (Rule(recipe="bf16"),)
-    source: str = ""  # the file, for messages and names
+    source: str = ""  # the file, for messages and names; set by `load`, no key
 
     @property
     def tokens_per_step(self) -> int:
@@ -96,16 +100,18 @@ class Config:
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read, merge, override, validate, and check that everything fits together. Raises ValueError, one sentence."""
-    files = _read(Path(path))
-    raw: dict = {}
-    for _, content in reversed(files):
-        raw = _merge(raw, content)
+    layers: list[tuple[str, dict]] = []  # a file or an override, and everything merged up to it
+    for file, content in reversed(_read(Path(path))):
+        layers.append((str(file), _merge(layers[-1][1] if layers else {}, content)))
     for override in overrides:
-        _override(raw, override)
-    try:
-        config = TypeAdapter(Config).validate_python({**_resolve(raw), "source": str(path)})
-    except ValidationError as error:
-        raise ValueError(_explain(error, files, overrides)) from None
+        layers.append((f"override {override!r}", _override(layers[-1][1], override)))
+    config, problems = _parse(layers[-1][1])
+    if config is None:
+        problem, hint = next(iter(problems.items()))
+        while len(layers) > 1 and problem in _parse(layers[-2][1])[1]:
+            layers.pop()  # not to blame: the problem was there before
+        raise ValueError(f"{layers[-1][0]}: {problem}{hint}")
+    config = replace(config, source=str(path))
     try:
         check(config)
     except ValueError as error:
@@ -127,6 +133,12 @@ def check(config: Config) -> None:
         assign(model, config.recipes, config.policy, share)
         for module in linears(model).values():
             module.check(config.train.batch_size * config.model.seq_len)
+            spec, window = module.recipe and module.recipe.fprop.x, config.model.seq_len
+            if spec and window % spec.block[0]:
+                raise ValueError(
+                    f"{module.name} fprop.x: model.seq_len = {window} must be a multiple of {spec.block[0]}, the rows of a "
+                    f"block of {spec.short()}, since sampling sees a single window"
+                )
 
 
 # --- reading ---
@@ -137,12 +149,12 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
     if path.resolve() in seen:
         raise ValueError(f"{path}: extends itself")
     try:
-        content = tomllib.loads(path.read_text())
+        content = _plain(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ValueError(f"{path}: no such file{hint}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     base = content.pop("extends", None)
     if base is None:
@@ -158,104 +170,114 @@ def _merge(base: Any, over: Any) -> Any:
     return over
 
 
-def _override(raw: dict, text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"override {text!r}: expected key=value, e.g. train.steps=100")
+def _plain(content: dict) -> dict:
+    """A copy with dates as text and the name of a spec as { like = name }, so that a table over it varies that spec."""
+    content = json.loads(json.dumps(content, default=str))
+    for table, key, _ in _spec_places(content):
+        if isinstance(table[key], str):
+            table[key] = {"like": table[key]}
+    return content
+
+
+def _spec_places(raw: dict) -> Iterator[tuple[dict, str, str]]:
+    """(table, key, key path) of everything that stands for a QuantSpec."""
+    specs, recipes = (raw[k] if isinstance(raw.get(k), dict) else {} for k in ("specs", "recipes"))
+    yield from ((specs, name, f"specs.{name}") for name in specs)
+    for name, recipe in recipes.items():
+        for gemm, operands in recipe.items() if isinstance(recipe, dict) else ():
+            for operand in operands if isinstance(operands, dict) else ():
+                yield operands, operand, f"recipes.{name}.{gemm}.{operand}"
+
+
+def _override(raw: dict, text: str) -> dict:
+    """A copy of `raw` with one key set."""
+    key, equals, given = text.partition("=")
+    if not equals or not key.strip() or "\n" in text:
+        raise ValueError(f"override {text!r}: expected one key=value, e.g. train.steps=100")
     try:
-        value = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = value.strip()  # a bare word
+        value = tomllib.loads(f"value = {given}")["value"]
+        json.dumps(value)
+    except (tomllib.TOMLDecodeError, TypeError):
+        value = given.strip()  # a bare word or a date
     *path, last = key.strip().split(".")
+    raw = _plain(raw)
     node: Any = raw
-    for depth, part in enumerate(path):
-        if isinstance(node, list):
-            names = [rule.get("name", "") for rule in node]
-            if part not in names:
-                raise ValueError(
-                    f"override {text!r}: no policy rule is named {part!r}; named are {_names(filter(None, names))}"
-                )
-            node = node[names.index(part)]
-            continue
-        child = node.setdefault(part, {})
-        if isinstance(child, str) and path[0] == "recipes":  # an operand given by name: vary a copy of that spec
-            child = node[part] = {"like": child}
-        if not isinstance(child, dict | list):
-            raise ValueError(f"override {text!r}: {'.'.join(path[: depth + 1])} is {child!r}, which has no keys")
+    for depth, part in enumerate(path, 1):
+        kind = {"specs": "spec", "recipes": "recipe", "policy": "policy rule"}.get(path[0])
+        if kind and depth == 2:  # these have names, and a mistyped one must not become a new entry that nothing uses
+            named = node
+            if isinstance(node, list):
+                named = {str(rule["name"]): rule for rule in node if isinstance(rule, dict) and rule.get("name")}
+            if part not in named:
+                raise ValueError(f"override {text!r}: no {kind} is named {part!r}{_near(part, named)}")
+            child = named[part]
+        else:
+            child = node.setdefault(part, {})
+        place = ".".join(path[:depth])
+        if not isinstance(child, dict | list if place == "policy" else dict):
+            raise ValueError(f"override {text!r}: {place} is {child!r}, which has no keys")
         node = child
     if isinstance(node, list):
         raise ValueError(f"override {text!r}: say which key of the policy rule, e.g. {key.strip()}.last=0")
     node[last] = value
+    return raw
 
 
-def _resolve(raw: dict) -> dict:
-    """Replace `like` and names of specs by the tables they stand for."""
-    raw = json.loads(json.dumps(raw))
+def _parse(raw: dict) -> tuple[Config | None, dict[str, str]]:
+    """(the Config, {}), or (None, all that is wrong: "key path: what" -> a hint at what would be right)."""
+    raw, problems = _plain(raw), {}
     specs = raw.get("specs", {})
 
-    def spec(value, place, seen=()):
-        if isinstance(value, str):
-            value = {"like": value}
+    def spec(value: Any, place: str, seen: tuple = ()) -> Any:
+        """`value` with the spec that it is `like` put in."""
         if not isinstance(value, dict) or "like" not in value:
             return value
-        name = value["like"]
+        name, rest = value["like"], {k: v for k, v in value.items() if k != "like"}
         if name in seen:
-            raise ValueError(f"{place}: specs {' -> '.join((*seen, name))} are like each other")
-        if name not in specs:
-            near = difflib.get_close_matches(str(name), list(specs), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {_names(specs)}"
-            raise ValueError(f"{place}: no spec is named {name!r}{hint}")
-        base = spec(specs[name], f"specs.{name}", (*seen, name))
-        return _merge(base, {k: v for k, v in value.items() if k != "like"})
-
-    resolved = {name: spec(value, f"specs.{name}", (name,)) for name, value in specs.items()}
-    for name, recipe in raw.get("recipes", {}).items():
-        for gemm, operands in recipe.items() if isinstance(recipe, dict) else ():
-            if isinstance(operands, dict):
-                for operand, value in operands.items():
-                    operands[operand] = spec(value, f"recipes.{name}.{gemm}.{operand}")
-    return raw | ({"specs": resolved} if "specs" in raw else {})
-
-
-def _names(names) -> str:
-    return ", ".join(map(repr, names)) or "none"
-
-
-def _explain(error: ValidationError, files, overrides) -> str:
-    """The first of pydantic's errors as one sentence with its place and the nearest valid name."""
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part != "function-after"]
-    key = ".".join(path)
-    said = next((o for o in overrides if o.partition("=")[0].strip() == key), None)
-    where = f"override {said!r}" if said else f"{next((f for f, c in files if _has(c, path)), files[0][0])}: {key}"
-    if first["type"] == "unexpected_keyword_argument":
-        valid = _valid_keys(path[:-1])
-        near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.4)
-        return f"{where}: unknown key {path[-1]!r}" + (
-            f"; did you mean {near[0]!r}?" if near else f"; there are {_names(valid)}"
-        )
-    if first["type"] == "missing":
-        return f"{where}: this key is required"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{where}: {message}"
-    got = first["input"]
-    hint = ""
-    if first["type"] == "literal_error" and isinstance(got, str):
-        near = difflib.get_close_matches(got, first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{where}: {message[0].lower()}{message[1:]}, got {got!r}{hint}"
-
-
-def _has(content: Any, path: list[str]) -> bool:
-    for part in path:
-        if isinstance(content, list) and part.isdigit() and int(part) < len(content):
-            content = content[int(part)]
-        elif isinstance(content, dict) and part in content:
-            content = content[part]
+            problems[f"{place}: specs {' -> '.join((*seen, name))} are like each other"] = ""
+        elif name not in list(specs):
+            problems[f"{place}: no spec is named {name!r}"] = _near(name, specs)
         else:
-            return False
-    return True
+            return _merge(spec(specs[name], f"specs.{name}", (*seen, name)), rest)
+        return rest
+
+    if "source" in raw:
+        problems["source: unknown key 'source'"] = _near("source", _valid_keys([]))
+    if isinstance(specs, dict):
+        for table, key, place in _spec_places(raw):
+            table[key] = spec(table[key], place, (key,) if table is specs else ())
+    try:  # in JSON's strict mode a table is a dataclass and a list a tuple, but nothing else is converted
+        config = TypeAdapter(Config).validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        return None, problems | dict(map(_explain, error.errors()))
+    return None if problems else config, problems
+
+
+def _near(word: Any, choices: Iterable, otherwise: bool = True) -> str:
+    """A hint: the nearest of the choices, or else all of them."""
+    choices = list(map(str, choices))
+    if near := difflib.get_close_matches(str(word), choices, n=1, cutoff=0.4):
+        return f"; did you mean {near[0]!r}?"
+    return f"; there are {', '.join(map(repr, choices)) or 'none'}" if otherwise else ""
+
+
+def _explain(error: Any) -> tuple[str, str]:
+    """One of pydantic's errors as "key path: what", and the hint. Policy rules count from 1, as in quant/policy.py."""
+    path, kind, got = list(map(str, error["loc"])), error["type"], error["input"]
+    if path[:1] == ["policy"] and len(path) > 1:
+        key = ": ".join([f"policy rule {int(path[1]) + 1}", *path[2:]])
+    else:
+        key = ".".join(path)
+    if kind == "unexpected_keyword_argument":
+        return f"{key}: unknown key {path[-1]!r}", _near(path[-1], _valid_keys(path[:-1]))
+    if kind == "missing":
+        return f"{key}: this key is required", ""
+    message = error["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{key}: {message}", ""
+    message = message.replace("an object", "a dictionary").replace("array", "tuple")  # JSON's words
+    hint = _near(got, re.findall("'(.*?)'", error["ctx"]["expected"]), otherwise=False) if kind == "literal_error" else ""
+    return f"{key}: {message[0].lower()}{message[1:]}, got {got!r}", hint
 
 
 def _valid_keys(path: list[str]) -> list[str]:
@@ -263,13 +285,12 @@ def _valid_keys(path: list[str]) -> list[str]:
     kind: Any = Config
     for part in path:
         if is_dataclass(kind):
-            kind = next((f.type for f in fields(kind) if f.name == part), None)
+            kind = next(f.type for f in fields(kind) if f.name == part)
         else:  # dict[str, X] or tuple[X, ...]: the part is a name or a number
-            kind = next((a for a in get_args(kind) if is_dataclass(a)), None)
-        if not is_dataclass(kind):
-            inner = [a for a in get_args(kind) if is_dataclass(a)]
-            kind = inner[0] if inner and type(None) in get_args(kind) else kind
-    return [f.name for f in fields(kind) if f.name != "source"] if is_dataclass(kind) else []
+            kind = next(a for a in get_args(kind) if is_dataclass(a))
+        if type(None) in get_args(kind):
+            kind = get_args(kind)[0]
+    return [f.name for f in fields(kind) if (kind, f.name) != (Config, "source")]
 
 
 # --- writing ---
@@ -285,10 +306,14 @@ def dump(config: Config) -> str:
                 lines += ["", "[[policy]]", *(f"{k} = {_toml(v)}" for k, v in rule.items() if v is not None)]
         elif section in ("specs", "recipes"):
             for name, entry in value.items():
-                lines += ["", f"[{section}.{name}]", *(f"{k} = {_toml(v)}" for k, v in entry.items() if v is not None)]
+                lines += ["", f"[{section}.{_key(name)}]", *(f"{k} = {_toml(v)}" for k, v in entry.items() if v is not None)]
         else:
             lines += ["", f"[{section}]", *(f"{k} = {_toml(v)}" for k, v in value.items())]
     return "\n".join(lines) + "\n"
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
 
 
 def _toml(value: Any) -> str:
@@ -298,7 +323,7 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -85,15 +85,23 @@ def table(chosen: dict[str, str], recipes: dict[str, Recipe]) -> str:
 
 
 def _shorten(names: list[str]) -> list[str]:
-    """blocks.0.ffn.up, blocks.1.ffn.up -> blocks.0-1.ffn.up"""
+    """blocks.0.ffn.up, blocks.1.ffn.up, blocks.3.ffn.up -> blocks.0-1,3.ffn.up"""
     groups: dict[str, list[int]] = {}
     for name in names:
         block = _block(name)
         groups.setdefault(name if block is None else name.split(".", 2)[2], []).extend([] if block is None else [block])
-    return [
-        tail if not found else f"blocks.{found[0]}{f'-{found[-1]}' if len(found) > 1 else ''}.{tail}"
-        for tail, found in groups.items()
-    ]
+    return [f"blocks.{_ranges(found)}.{tail}" if found else tail for tail, found in groups.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0, 6, 7 -> 0,6-7"""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in runs)
 
 
 @contextmanager

@@ -162,7 +162,8 @@ class Rule:
     """One line of a policy; the first rule that matches a Linear gives it its recipe.
 
     match: a glob over module names ("head", "blocks.*.ffn.*"). first / last: that many blocks at either end
-    (0 switches the rule off). after / until: only from / up to this share of the run. Conditions combine by "and".
+    (0 switches the rule off). after / until: only from / up to this share of the run (after = 1 switches it off).
+    Conditions combine by "and".
     name: makes the rule overridable from the command line (policy.NAME.last=4).
     """
 
@@ -178,7 +179,8 @@ class Rule:
         for key in ("first", "last"):
             if (getattr(self, key) or 0) < 0:
                 raise ValueError(f"{key} = {getattr(self, key)}: expected a number of blocks, 0 or more")
-        if not 0.0 <= self.after <= self.until <= 1.0:
+        if not 0.0 <= self.after <= self.until <= 1.0 or self.after == self.until < 1.0:
             raise ValueError(
-                f"after = {self.after}, until = {self.until}: expected 0 <= after <= until <= 1 (shares of the run)"
+                f"after = {self.after}, until = {self.until}: expected 0 <= after <= until <= 1 (shares of the run), and "
+                "both alike only at 1, which switches the rule off"
             )

@@ -55,7 +55,7 @@ def every_bf16() -> Tensor:
 
 @functools.cache
 def deciding(fmt: Format) -> Tensor:
-    """Every value and every midpoint of the format, with the fp32 numbers next to them; both signs; all within range."""
+    """Every value and midpoint of the format, with the fp32 numbers next to them; both signs; all within range."""
     values = grid(fmt)
     centres = np.concatenate([values, (values[:-1] + values[1:]) / 2])
     near = centres.astype(np.float32)

@@ -240,9 +240,7 @@ def test_nothing_draws_from_a_global_generator(path):
     assert global_draws(path.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in SOURCES if floor_of(path) in ("quant", "model", "kernels")], ids=name_of
-)
+@pytest.mark.parametrize("path", [path for path in SOURCES if floor_of(path) in ("quant", "model", "kernels")], ids=name_of)
 def test_no_environment_variable_changes_numbers(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = aliases(tree)
@@ -337,7 +335,7 @@ MODULE = r"(?:^|[\s;&|(/])python3?\s+-m\s+([\w.]+)"
 
 
 def test_the_reader_of_commands():
-    text = "make sure\n```\nmake A=1 setup && make B=\"x y\" go # make no\n.venv/bin/python a.py x\n```\n"
+    text = 'make sure\n```\nmake A=1 setup && make B="x y" go # make no\n.venv/bin/python a.py x\n```\n'
     text += "`python -m d.p`\n"
     found = commands(text)
     assert [m[1] for c in found for m in re.findall(MAKE, c)] == ["setup", "go"]

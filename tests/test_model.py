@@ -66,9 +66,7 @@ def gradients(model: GPT) -> dict[str, torch.Tensor]:
 
 
 def test_the_papers_ablation_model_has_its_parameters():
-    config = ModelConfig(
-        blocks=20, d_model=2048, ffn=6144, heads=16, kv_heads=8, head_dim=128, vocab_size=131072, seq_len=8192
-    )
+    config = ModelConfig(blocks=20, d_model=2048, ffn=6144, heads=16, kv_heads=8, head_dim=128, vocab_size=131072, seq_len=8192)
     assert parameter_count(config) == 1_291_929_600
     assert parameter_count(replace(config, tied_head=True)) == 1_291_929_600 - 131072 * 2048
 

@@ -138,9 +138,7 @@ def test_a_late_switch_happens_at_its_share(progress, wanted):
     assert who("bf16", rules, progress=progress) == {"head"}
 
 
-@pytest.mark.parametrize(
-    ("progress", "wanted"), [(0.0, "a"), (0.25, "b"), (0.5 - 2**-54, "b"), (0.5, "a"), (1 - 2**-53, "a")]
-)
+@pytest.mark.parametrize(("progress", "wanted"), [(0.0, "a"), (0.25, "b"), (0.5 - 2**-54, "b"), (0.5, "a"), (1 - 2**-53, "a")])
 def test_after_is_included_until_is_not(progress, wanted):
     assert who(wanted, [Rule(after=0.25, until=0.5, recipe="b"), Rule(recipe="a")], progress=progress)
 
@@ -204,9 +202,7 @@ def test_an_unknown_recipe_is_an_error_with_the_nearest_name():
         assign(model(), recipes, [REST, Rule(last=0, recipe="nvpf4")])
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"first": -1}, {"last": -2}, {"after": 0.5, "until": 0.4}, {"until": 1.1}, {"after": -0.1}]
-)
+@pytest.mark.parametrize("wrong", [{"first": -1}, {"last": -2}, {"after": 0.5, "until": 0.4}, {"until": 1.1}, {"after": -0.1}])
 def test_rules_outside_their_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         Rule(recipe="a", **wrong)

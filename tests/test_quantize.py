@@ -85,7 +85,8 @@ def g1(spec: QuantSpec) -> QuantSpec:
     return QuantSpec(block=spec.block, hadamard=spec.hadamard, scale=Scale(order="g1"))
 
 
-GOLDEN = {  # spec, transposed: amax, sha256 of the codes (a byte each), of the scale bytes; the same for g1 and g2 if no RHT
+# spec, transposed: amax, sha256 of the codes (a byte each) and of the scale bytes; the same for g1 and g2 without RHT
+GOLDEN = {
     "1x16": (ROW, False, 2000, "e38bfc664004caf0", "2e1098022f4aa0c6"),
     "1x16 g1": (ROW_G1, False, 2000, "e38bfc664004caf0", "2e1098022f4aa0c6"),
     "1x16 of x.T": (ROW, True, 2000, "f980cbb4b45e1304", "3a3d4efe10178888"),
@@ -128,9 +129,7 @@ def test_exact_tie_tells_g1_from_g2():
 # --- published statistics ---
 
 
-@pytest.mark.parametrize(
-    "spec, transposed, published", [(ROW, False, 0.09505), (SQUARE, False, 0.11130), (RHT, True, 0.09515)]
-)
+@pytest.mark.parametrize("spec, transposed, published", [(ROW, False, 0.09505), (SQUARE, False, 0.11130), (RHT, True, 0.09515)])
 def test_relative_error_is_the_published_one(spec, transposed, published):
     x = normal(1024, 2048, seed=1234)
     y = rotated(x.t() if transposed else x, spec)
@@ -143,11 +142,11 @@ def test_relative_error_is_the_published_one(spec, transposed, published):
 def test_stochastic_rounding_has_the_published_gain(spec, everything, inside):
     """gain = <E[q], v> / <v, v>, v scaled into the range of E2M1 (specs/nvfp4.md 2.5).
 
-    E[q] of an element is the mean of 16 roundings whose noise is 1/16 of its range apart, from where Philox begins: each
-    is uniform, so the mean is unbiased, but 13 times closer to E[q] than independent draws would get. The standard error
-    of the ratio is sqrt(sum (v (q - gain v))^2) / sum v^2. The table came from a draw of its own whose size is not
-    given: say as good as this one, hence twice the variance; plus half a unit of its last digit. That is below 5e-4 (and
-    3e-4 inside the range) at 5 sigma, and 8 bits are 6.5e-4 from 24.
+    E[q] of an element is the mean of 16 roundings whose noise is 1/16 of its range apart, from where Philox begins:
+    each is uniform, so the mean is unbiased, but 13 times closer to E[q] than independent draws would get. The standard
+    error of the ratio is sqrt(sum (v (q - gain v))^2) / sum v^2. The table came from a draw of its own whose size is
+    not given: say as good as this one, hence twice the variance; plus half a unit of its last digit. At 5 sigma that is
+    below 5e-4 (3e-4 inside the range), and 8 bits are 6.5e-4 from 24.
     """
     x = normal(512, 512)
     bits = 8 if spec is SR8 else 32
@@ -180,7 +179,7 @@ def test_one_stochastic_draw_has_the_published_error():
 
 
 def oracle(x: np.ndarray, block: tuple[int, int], order: str) -> tuple[np.ndarray, np.ndarray, np.float32]:
-    """fp32 [R, K], finite -> codes [R, K], scale bytes [R / b0, K / b1], S_dec. One block at a time, casts by ml_dtypes."""
+    """fp32 [R, K], finite -> codes [R, K], scale bytes [R / b0, K / b1], S_dec; one block at a time."""
     one, six, top = np.float32(1), np.float32(6), np.finfo(np.float32).max
     rows, columns = x.shape[0] // block[0], x.shape[1] // block[1]
     codes, scales = np.zeros(x.shape, np.uint8), np.zeros((rows, columns), np.uint8)
@@ -523,8 +522,9 @@ def test_sizes_that_cannot_be_cut_say_so(shape, spec, size, multiple):
 
 @pytest.mark.parametrize("spec", [SR8, SR24, QuantSpec(hadamard=16, signs="fresh")], ids=QuantSpec.short)
 def test_a_missing_key_says_so(spec):
+    message = re.escape(f"{spec.short()} draws random bits: pass key=quant.random.Key")
     for function in (quantize, quantized_values):
-        with pytest.raises(ValueError, match=re.escape(spec.short()) + r" draws random bits: pass key=quant\.random\.Key"):
+        with pytest.raises(ValueError, match=message):
             function(torch.zeros(16, 32), spec)
 
 

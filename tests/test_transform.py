@@ -114,7 +114,7 @@ def test_fresh_signs_are_signs_and_a_function_of_the_key(d):
 
 def test_fresh_signs_are_balanced():
     total = sum(signs(128, "fresh", Key(0, i).words(), "cpu") for i in range(200))
-    assert abs(total.sum()) < 5 * (128 * 200) ** 0.5, "the sum of n fair signs has standard deviation sqrt(n); 5 of them"
+    assert abs(total.sum()) < 5 * (128 * 200) ** 0.5, "n fair signs sum to 0 +- sqrt(n); 5 of those"
     assert total.abs().max() < 6 * 200**0.5, "a sign that never changes"  # 6 sigma, for the largest of 128
 
 
