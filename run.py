@@ -55,8 +55,8 @@ class Run:
         binding = [text for k, text in quoted.items() if not k.startswith(FREE) and not self._same_bits(k, changed[k])]
         if binding:
             raise ValueError(
-                f"{self.folder} was trained with another config ({'; '.join(binding)}): give the run another run.name, start it "
-                "anew with run.overwrite=true, or branch from one of its checkpoints with run.init_from="
+                f"{self.folder} was trained with another config ({'; '.join(binding)}): give the run another run.name, "
+                "start it anew with run.overwrite=true, or branch from one of its checkpoints with run.init_from="
             )
         for key, text in quoted.items():
             if not key.startswith(("source", "run.")):

@@ -67,7 +67,7 @@ class Format:
 
     def encode(self, x: Tensor, rounding: str = "nearest", random: Tensor | None = None) -> Tensor:
         """fp32 [...] -> int32 codes [...], sign bit included; saturates; NaN and Inf give `nan_code`, or `max_code`
-        (whoever calls must then carry the NaN in a scale) where there is none. -0.0 keeps its sign.
+        (whoever calls must then carry the NaN in a scale) where there is none, a NaN without a sign. -0.0 keeps its sign.
 
         rounding: nearest (ties to the even code) | away (ties away from zero) | zero (truncate)
           | stochastic (up with the probability of the fraction, to 2^-24; `random`: int in [0, 2^24), same shape)
@@ -76,12 +76,14 @@ class Format:
         """
         bits = x.view(torch.int32)
         quanta, e = self._quanta(x, bits, rounding, random)
-        quanta = torch.where(quanta == quanta, quanta, 0.0)  # an int of NaN is not defined
+        quanta = torch.where(quanta == quanta, quanta, 0.0)  # the int of a NaN is not defined
         code = quanta.to(torch.int32) + ((e - ((self.emin + 127) << 23)) >> (23 - self.mantissa_bits))
         code = code.clamp(max=self.max_code)
         if self.nan_code is not None:
             code = torch.where((bits & FLOAT32_EXPONENT) == FLOAT32_EXPONENT, self.nan_code, code)
-        return torch.where(bits < 0, code + (1 << (self.bits - 1)), code)
+        code = torch.where(bits < 0, code + (1 << (self.bits - 1)), code)
+        # The sign of a NaN that arithmetic made differs between CPUs and compilers: no code depends on it.
+        return torch.where(x == x, code, self.max_code if self.nan_code is None else self.nan_code)
 
     def round(self, x: Tensor, rounding: str = "nearest", random: Tensor | None = None) -> Tensor:
         """fp32 [...] -> fp32 values of this format: decode(encode(x)), except that NaN stays NaN and Inf saturates.
@@ -99,9 +101,9 @@ class Format:
         Views between fp32 and int32 are few on purpose: compiled C++ takes them through memory, and each costs as much
         as ten operations.
         """
-        limit = min(2.0 ** (math.floor(math.log2(self.max)) + 2), 2.0**127)
-        a = x.abs().clamp(max=limit)
-        e = (bits & FLOAT32_EXPONENT).clamp((self.emin + 127) << 23, (round(math.log2(limit)) + 127) << 23)
+        top = min(math.floor(math.log2(self.max)) + 2, 127)  # a binade that saturates, where fp32 has one
+        a = x.abs().clamp(max=2.0**top * (2 - 2.0**-23))
+        e = (bits & FLOAT32_EXPONENT).clamp((self.emin + 127) << 23, (top + 127) << 23)
         # 2^(1 - e) rather than 2^-e: its exponent field is 1 ... 254 for every e, so it is always a normal number.
         t = a * ((255 << 23) - e).view(torch.float32) * 2.0 ** (self.mantissa_bits - 1)
         return _round(t, rounding, random), e

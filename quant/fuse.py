@@ -7,6 +7,8 @@ CPU) or Triton (on a GPU) that torch.compile makes of it is cached on disk betwe
 Why the bits stay: units are fp32 and int32 arithmetic without sums over more than two terms in any but stated order;
 torch.compile contracts no multiply-add by default on a CPU, keeps subnormals, and drops only casts fp32 -> BF16 -> fp32,
 which no unit relies on for rounding (formats.to_bfloat16 rounds by integers). tests/test_fused.py compares all of it.
+One hazard to know: GCC 12.2 at -O3 on AVX-512 machines inverts the mask of `where(int32 <= c, int, int)` with 32-byte
+vectors (the intrinsics it is made of, alone, show it too). Units therefore compare int32 by < and > when they choose ints.
 """
 
 import functools

@@ -37,7 +37,9 @@ def gemm(a: Operand, b: Operand, dtype: torch.dtype, mode: str) -> Tensor:
     scales = [s for s in (sx, sw) if s is not None]
     if not scales:
         return linear(x, w).to(dtype)  # nothing is quantised: exactly what nn.Linear does
-    y = linear(x, w) if mode == "bf16" else linear(x.to(torch.float32), w.to(torch.float32))
+    if mode == "fp32" or x.dtype != w.dtype:  # (an operand that is not quantised in a run with an fp32 compute dtype)
+        x, w = x.to(torch.float32), w.to(torch.float32)
+    y = linear(x, w)
     alpha = scales[0] if len(scales) == 1 else scales[0] * scales[1]
     return run(_times, y, alpha, dtype=dtype)
 

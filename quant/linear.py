@@ -109,8 +109,7 @@ class Linear(nn.Linear):
         keys = self._keys(operand, spec)
         if self.context.stats is not None:
             self._observe(operand, spec, x)
-        values, scale = quantized_values(x, spec, *keys)
-        return values.to(x.dtype) if x.dtype != torch.float32 else values, scale
+        return quantized_values(x, spec, *keys)
 
     def _observe(self, operand: str, spec: QuantSpec, x: Tensor) -> None:
         keys = self._keys(operand, spec)

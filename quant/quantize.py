@@ -24,8 +24,8 @@ from quant.transform import hadamard, signs
 # --- the units: tensors in their memory layout, blocks [P / p, p, Q / q, q]; `spec` and `axis` are constants ---
 
 
-def _rotate(tiles, s):
-    return hadamard(tiles, s)
+def _rotate(tiles, s, *, size):
+    return hadamard(tiles, s)  # `size`, the middle axis, is a constant so that each size compiles by itself
 
 
 def _scales(blocks, *, spec):
@@ -82,7 +82,7 @@ def rotated(x: Tensor, spec: QuantSpec, sign_key: Key | None = None) -> Tensor:
     s = signs(spec.hadamard, spec.signs, sign_key and sign_key.words(x.device), x.device)
     m, transposed = in_memory(x)
     tiles = m.view(-1, spec.hadamard, x.shape[0] if transposed else 1)
-    return logical(run(_rotate, tiles, s).view(m.shape), transposed)
+    return logical(run(_rotate, tiles, s, size=spec.hadamard).view(m.shape), transposed)
 
 
 def _prepare(x: Tensor, spec: QuantSpec, key: Key | None, sign_key: Key | None):
