@@ -1,6 +1,7 @@
 """The run folder out/NAME: what a run may continue, and the files it writes beside its checkpoints.
 
     config.toml (resolved) · run.json (command, commit, versions, device, backends) · metrics.jsonl · tb/ · samples.txt
+    loss.png
 
 An existing folder continues from its newest complete step if the config continues it, and is refused with the
 differences otherwise. metrics.jsonl is cut back to that step, so a continued run leaves the file of an uninterrupted one.
@@ -94,6 +95,28 @@ class Run:
         for key, value in metrics.items():
             if key != "step":
                 self.board.add_scalar(key, value, metrics["step"])
+
+    def plot(self) -> Path:
+        """loss.png from metrics.jsonl: the loss of every step, and validation as trained and in the compute dtype."""
+        from matplotlib.figure import Figure  # half a second to import, and only needed at the end
+
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        ends = [0] + [line["step"] for line in lines]
+        points = [(end + 1 + i, v) for end, line in zip(ends, lines, strict=False) for i, v in enumerate(line["losses"])]
+        axes.plot(*zip(*points, strict=True), lw=0.8, label="training, each step")
+        validated = [line for line in lines if "val_loss" in line]
+        for key, style, label in (
+            ("val_loss", "o-", "validation, as trained"),
+            ("val_loss_bf16", "x", "validation, not quantised"),
+        ):
+            axes.plot([line["step"] for line in validated], [line[key] for line in validated], style, label=label)
+        axes.set(xlabel="step", ylabel="loss (nats/token)", title=self.folder.name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.folder / "loss.png", dpi=120)
+        return self.folder / "loss.png"
 
     def check_disk(self, checkpoint_bytes: int) -> None:
         """Raises ValueError if the checkpoints the run keeps, and the one being written, do not fit on the disk."""

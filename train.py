@@ -294,7 +294,7 @@ def finish(trainer: Trainer, metrics: dict[str, float]) -> None:
         f"{metrics['val_loss_bf16']:.4f} and {metrics['val_bpb_bf16']:.4f} in {dtype}\n"
         f"{metrics['tokens_per_s']:,.0f} tokens/s, {metrics['tflops']:.3f} TFLOP/s ({utilisation} in {dtype})\n\n"
         f"run folder   {run.folder}  (config.toml, metrics.jsonl, samples.txt, step_{config.train.steps:06d}/)\n"
-        f"curves       .venv/bin/tensorboard --logdir {run.folder.parent}\n"
+        f"curves       {run.plot()}, or all runs: .venv/bin/tensorboard --logdir {run.folder.parent}\n"
         f"evaluate     make eval RUN={run.folder}\n"
         f"sample       make eval RUN={run.folder} ARGS='--sample \"My fellow citizens\"'\n"
         "next         make train CONFIG=configs/tiny-bf16.toml     the same run in BF16\n"

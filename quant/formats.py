@@ -120,7 +120,7 @@ class Format:
             value = torch.where(magnitude > self.max_code, math.nan, value)
             if m and (self.max_code + 1) & ((1 << m) - 1) == 0:
                 value = torch.where(magnitude == self.max_code + 1, math.inf, value)
-        return torch.where(code >= 1 << (self.bits - 1), -value, value)
+        return torch.where(code > (1 << (self.bits - 1)) - 1, -value, value)
 
     def values(self) -> Tensor:
         """fp32 [2^bits]: the value of every code."""
