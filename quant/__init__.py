@@ -1,4 +1,4 @@
-"""Quantisation as data: formats, specs, recipes, and the reference semantics in plain torch (DESIGN in README.md).
+"""Quantisation as data: formats, specs, recipes, and the reference semantics in plain torch.
 
 Modules import in one direction:
 formats, random, fuse < spec < scaling, transform < qtensor, quantize < metrics < gemm < linear < policy.

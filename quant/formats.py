@@ -72,7 +72,7 @@ class Format:
         rounding: nearest (ties to the even code) | away (ties away from zero) | zero (truncate)
           | stochastic (up with the probability of the fraction, to 2^-24; `random`: int in [0, 2^24), same shape)
           | stochastic8 (`random`: int in [0, 256); up iff floor(256 fraction) + random >= 256: the carry rule
-            of TransformerEngine's portable path, specs/nvfp4.md 2.5).
+            of TransformerEngine's portable path).
         """
         bits = x.view(torch.int32)
         quanta, e = self._quanta(x, bits, rounding, random)

@@ -1,6 +1,6 @@
 """Scales: from the amax of a block to the code of its scale, in a stated order of fp32 operations.
 
-NVFP4 (specs/nvfp4.md 1.2; arXiv:2509.25149 section 2), element max 6, scale max 448:
+NVFP4 (arXiv:2509.25149 section 2; the order of operations is that of TransformerEngine), element max 6, scale max 448:
 
     S_enc = min(fl(2688 / amax), FLT_MAX), 1 where amax = 0          S_dec = fl(1 / S_enc)      the global (decode) scale
     s     = fl(bmax * fl(S_enc * fl(1/6)))        order g2           s     = fl(fl(bmax / 6) * S_enc)        order g1
@@ -9,7 +9,7 @@ NVFP4 (specs/nvfp4.md 1.2; arXiv:2509.25149 section 2), element max 6, scale max
 
 Each fl is one IEEE rounding to nearest even; divisions are correctly rounded. A block whose s8 is 0 gets enc = FLT_MAX:
 its elements saturate, and decode to 0 through the scale. A non-finite amax makes S_enc NaN, hence every scale and the
-global scale NaN, hence every value NaN: nothing is laundered (DESIGN contract 8; TransformerEngine keeps a finite value).
+global scale NaN, hence every value NaN: nothing is laundered (TransformerEngine keeps a finite value).
 """
 
 import torch

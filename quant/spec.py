@@ -38,7 +38,7 @@ class Scale:
     format: of the block scale. outer: "tensor" = an fp32 scale over the whole operand, which maps the operand's amax
     to element max * scale max. order: the two published orders of the fp32 operations, TransformerEngine v2.14 and
     later ("g2") or v2.8 to v2.13, which is the paper's Eqs. 2-3 ("g1"); they differ in about 1 scale of 1000 on BF16
-    data (specs/nvfp4.md 1.2).
+    data.
     """
 
     format: Literal["e4m3"] = "e4m3"

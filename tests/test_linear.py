@@ -506,7 +506,7 @@ def test_statistics_cover_all_six_operands_and_change_nothing(name):
         assert set(module.context.stats) == {f"blocks.0.up/{operand}" for operand in OPERANDS}
     for operand_name, stats in module.context.stats.items():
         assert stats.shape == (len(STATS),) and stats.isfinite().all(), f"{operand_name}: {stats}"
-        # NVFP4 of near-normal data: relative errors of 0.09 to 0.14 (specs/nvfp4.md), that is 17 to 21 dB, and of
+        # NVFP4 of near-normal data: relative errors of 0.09 to 0.14, that is 17 to 21 dB, and of
         # blocks with a wide spread somewhat less. 10 and 30 would mean another format or another tensor.
         assert 10 < stats[STATS.index("sqnr_db")] < 30, f"{operand_name}: {stats}"
 

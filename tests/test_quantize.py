@@ -1,4 +1,4 @@
-"""quant/quantize.py and qtensor.py: the golden values and statistics of specs/nvfp4.md; an independent NumPy version of
+"""quant/quantize.py and qtensor.py: the golden values and statistics of TransformerEngine's reference; an independent NumPy version of
 its section 1.2 on matrices with wild exponents, bit for bit; special values; layout, packing, keys and messages; and
 that the three ways to a quantised operand (codes, values without codes, decoded codes) are one.
 """
@@ -47,7 +47,7 @@ def key_for(spec: QuantSpec) -> Key | None:
     return Key(1, 2, 3, 4) if spec.keyed else None
 
 
-# --- golden values of specs/nvfp4.md 1.6 ---
+# --- golden values, made with TransformerEngine's Python reference ---
 
 
 def golden_row() -> Tensor:
@@ -119,7 +119,7 @@ def test_the_two_orders_differ_where_the_spec_says():
 
 
 def test_exact_tie_tells_g1_from_g2():
-    """amax 1504, bmax 282: exactly s = 84, a tie of E4M3; g2's association lands just above it (specs/nvfp4.md 1.2)."""
+    """amax 1504, bmax 282: exactly s = 84, a tie of E4M3; g2's association lands just above it."""
     x = torch.zeros(1, 32, dtype=torch.bfloat16)
     x[0, 0], x[0, 16] = 1504, 282
     assert quantize(x, ROW).scale_codes.tolist() == [[0x7E, 0x6B]]
@@ -140,7 +140,7 @@ def test_relative_error_is_the_published_one(spec, transposed, published):
 
 @pytest.mark.parametrize("spec, everything, inside", [(SR8, 0.99599, 0.99937), (SR24, 0.99654, 1.00002)])
 def test_stochastic_rounding_has_the_published_gain(spec, everything, inside):
-    """gain = <E[q], v> / <v, v>, v scaled into the range of E2M1 (specs/nvfp4.md 2.5).
+    """gain = <E[q], v> / <v, v>, v scaled into the range of E2M1.
 
     E[q] of an element is the mean of 16 roundings whose noise is 1/16 of its range apart, from where Philox begins:
     each is uniform, so the mean is unbiased, but 13 times closer to E[q] than independent draws would get. The standard
@@ -175,7 +175,7 @@ def test_one_stochastic_draw_has_the_published_error():
     assert abs(error.item() - 0.138) < 1e-3, "published to three digits"
 
 
-# --- an independent version of specs/nvfp4.md 1.2 ---
+# --- an independent version in NumPy ---
 
 
 def oracle(x: np.ndarray, block: tuple[int, int], order: str) -> tuple[np.ndarray, np.ndarray, np.float32]:
@@ -252,7 +252,7 @@ def test_equal_to_an_independent_version_at_scale_ties(top):
     compare_with_oracle(x)
 
 
-# --- special values (specs/nvfp4.md 1.3; README: nothing is laundered) ---
+# --- special values (README: nothing is laundered) ---
 
 
 def test_all_zero():

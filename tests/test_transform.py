@@ -32,7 +32,7 @@ def test_published_vector():
     x = torch.arange(16.0, dtype=torch.bfloat16).view(1, 16)
     expected = [-14.5, -7.5, 6.5, -0.5, 6.5, -0.5, -14.5, 8.5, 7.5, 14.5, 0.5, 1.5, 0.5, -2.5, 9.5, -15.5]
     ours = rotated(x, QuantSpec(hadamard=16))
-    assert_same_bits(ours, torch.tensor([expected], dtype=torch.bfloat16), "RHT of 0 ... 15 (specs/nvfp4.md 1.6)")
+    assert_same_bits(ours, torch.tensor([expected], dtype=torch.bfloat16), "RHT of 0 ... 15")
 
 
 def test_published_mask():
