@@ -105,7 +105,8 @@ def quantize(x: Tensor, spec: QuantSpec, key: Key | None = None, sign_key: Key |
     x: fp32, BF16 or FP16, any strides. key: where randomness is used, needed by stochastic rounding and fresh signs;
     sign_key: the one both operands of a GEMM share for fresh signs (default: the key with use + 16).
     A non-finite element makes the whole tensor NaN, since a tensor scale spans it.
-    Raises ValueError if x cannot be cut into blocks, or a key is missing. Source: arXiv:2509.25149 section 2; TransformerEngine.
+    Raises ValueError if x cannot be cut into blocks, or a key is missing.
+    Source: arXiv:2509.25149 section 2.
     """
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     blocks, noise, (codes, enc, _, global_scale), transposed, axis = _prepare(rows, spec, key, sign_key)

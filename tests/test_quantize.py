@@ -1,5 +1,5 @@
-"""quant/quantize.py and qtensor.py: the golden values and statistics of TransformerEngine's reference; an independent NumPy version of
-its section 1.2 on matrices with wild exponents, bit for bit; special values; layout, packing, keys and messages; and
+"""quant/quantize.py and qtensor.py: the golden values and statistics of TransformerEngine's reference; an
+independent NumPy version of its arithmetic on matrices with wild exponents, bit for bit; special values; layout, packing, keys and messages; and
 that the three ways to a quantised operand (codes, values without codes, decoded codes) are one.
 """
 
