@@ -253,7 +253,7 @@ def test_no_environment_variable_changes_numbers(path):
 # Written so that this file does not contain what it looks for.
 FORBIDDEN = {
     "an absolute path of some machine": r"(?<![\w.~-])/(?:(?:work|root)\b|(?:home|Users)/\w)",
-    "a package index": r"(?:pypi|pythonhosted|download\.pytorch|anaconda)\.org|index-url[= ]+[\"']?http|https?://\S+/simple\b",
+    "a package index": r"(?:py[p]i|python[h]osted|download\.[p]ytorch|ana[c]onda)\.org|index-url[= ]+[\"']?http|https?://\S+/simple\b",
 }
 
 

@@ -1,6 +1,6 @@
-"""quant/quantize.py and qtensor.py: the golden values and statistics of TransformerEngine's reference; an
-independent NumPy version of its arithmetic on matrices with wild exponents, bit for bit; special values; layout, packing, keys and messages; and
-that the three ways to a quantised operand (codes, values without codes, decoded codes) are one.
+"""quant/quantize.py and qtensor.py: the golden values and statistics of TransformerEngine's reference; an independent
+NumPy version of its arithmetic on matrices with wild exponents, bit for bit; special values; layout, packing, keys and
+messages; and that the three ways to a quantised operand (codes, values without codes, decoded codes) are one.
 """
 
 import hashlib
