@@ -4,7 +4,7 @@
 
 fp32 masters, an explicit compute dtype, gradients summed in fp32. A step is `micro_batches` micro-batches; batch and noise
 of each are functions of (seed, its global number), so what a step computes does not depend on what ran before it, and
-`--resume` needs no generator state. Losses stay on the device until a logging step reads them: nothing else waits.
+continuing a run needs no generator state. Losses stay on the device until a logging step reads them: nothing else waits.
 
 A non-finite loss or gradient freezes the weights on the device at once (every later update is skipped); the next log
 finds it, runs the first bad step again with statistics on, and names the operands.

@@ -345,15 +345,6 @@ def test_ablation(name):
         assert config.recipes["nvfp4-backward"] == plain.recipes["nvfp4-backward"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors here are tiny: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
 def gradients(*overrides: str) -> torch.Tensor:
     config = nvfp4(*SMALL, *overrides)
