@@ -70,6 +70,11 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * 2048**3 / best
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy that a GPU makes when it gets there (from pageable memory the host would wait for it)."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 class Trainer:
     def __init__(self, config: Config, run: Run, corpus: Corpus):
         t = config.train
@@ -99,8 +104,8 @@ class Trainer:
         for i in range(t.micro_batches):
             number = step * t.micro_batches + i
             self.context.at(step, number)
-            x, y = self.corpus.batch("train", t.seed, number, t.batch_size, self.config.model.seq_len)
-            x, y = x.to(self.device), y.to(self.device)
+            batch = self.corpus.batch("train", t.seed, number, t.batch_size, self.config.model.seq_len)
+            x, y = (to_device(ids, self.device) for ids in batch)
             loss = self.loss(x, y)
             (loss / t.micro_batches).backward()
             total += loss.detach() / t.micro_batches

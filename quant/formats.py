@@ -138,14 +138,15 @@ def to_bfloat16(x: Tensor) -> Tensor:
 def _round(t: Tensor, rounding: str, random: Tensor | None) -> Tensor:
     if rounding == "nearest":
         return t.round()  # torch rounds halves to even
+    if rounding == "stochastic8":  # floor(256 fraction) + random >= 256, in fewer steps; every sum is an exact integer
+        return (((t * 256.0).floor() + random.to(torch.float32)) * 2.0**-8).floor()
     below = t.floor()
     if rounding == "zero":
         return below
     fraction = t - below  # exact: both share t's quantum
     if rounding == "away":
         return below + (fraction >= 0.5)
-    n = 2.0**8 if rounding == "stochastic8" else 2.0**24
-    return below + ((fraction * n).floor() + random.to(torch.float32) >= n)
+    return below + ((fraction * 2.0**24).floor() + random.to(torch.float32) >= 2.0**24)
 
 
 FORMATS = {

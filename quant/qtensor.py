@@ -10,6 +10,7 @@ An operand reaches the quantiser with its contraction last, but a transposed vie
 is in memory: `Layout` is the matrix as it lies there, cut into blocks, and everything elementwise works on that.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -47,11 +48,15 @@ def pack(codes: Tensor, bits: int, axis: int) -> Tensor:
     return (low | high << 4).to(torch.uint8)
 
 
-def unpack(packed: Tensor, bits: int, axis: int) -> Tensor:
-    """The inverse of `pack`."""
-    if bits > 4:
-        return packed
-    return torch.stack((packed & 0xF, packed >> 4), axis + 1).flatten(axis, axis + 1)
+def split(packed: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """The codes of `packed` as int32, one tensor for each code of a byte, the even ones first."""
+    packed = packed.to(torch.int32)
+    return (packed,) if bits > 4 else (packed & 0xF, packed >> 4)
+
+
+def join(parts: Sequence[Tensor], axis: int) -> Tensor:
+    """What `split` has split, interleaved again along `axis`."""
+    return torch.stack(tuple(parts), axis + 1).flatten(axis, axis + 1)
 
 
 def contraction_axis(transposed: bool) -> int:
@@ -76,7 +81,7 @@ class QTensor:
 
     def codes(self) -> Tensor:
         """uint8 [..., K], one code each: sign, exponent, mantissa from the top bit down."""
-        return unpack(self.packed_codes, FORMATS[self.spec.format].bits, 1).reshape(self.shape)
+        return join(split(self.packed_codes, FORMATS[self.spec.format].bits), 1).to(torch.uint8).reshape(self.shape)
 
     @property
     def scale(self) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant.formats import FORMATS, ROUNDINGS
 from quant.fuse import run
-from quant.qtensor import QTensor, contraction_axis, in_memory, logical, pack, to_blocks, unpack
+from quant.qtensor import QTensor, contraction_axis, in_memory, join, logical, pack, split, to_blocks
 from quant.random import Key, random_ints
 from quant.scaling import FLT_MAX, block_scale, tensor_scale
 from quant.spec import QuantSpec
@@ -28,12 +28,12 @@ def _rotate(tiles, s, *, size):
     return hadamard(tiles, s)  # `size`, the middle axis, is a constant so that each size compiles by itself
 
 
-def _scales(blocks, *, spec):
+def _scales(blocks, *, format, scale):
     """-> scale codes uint8, encode factors fp32 and decoded scales fp32, all [P / p, 1, Q / q, 1]; global scale []."""
     bmax = blocks.abs().amax((1, 3), keepdim=True).to(torch.float32)
-    s_enc, s_dec = tensor_scale(bmax.amax(), spec)
-    codes, enc = block_scale(bmax, s_enc, s_dec, spec)
-    return codes.to(torch.uint8), enc, FORMATS[spec.scale.format].decode(codes), s_dec
+    s_enc, s_dec = tensor_scale(bmax.amax(), format, scale)
+    codes, enc = block_scale(bmax, s_enc, s_dec, format, scale)
+    return codes.to(torch.uint8), enc, FORMATS[scale.format].decode(codes), s_dec
 
 
 def _scaled(blocks, enc):
@@ -53,13 +53,16 @@ def _values(blocks, enc, decoded, noise, *, spec):
 
 
 def _decode(packed, scale, *, spec, axis):
-    """-> BF16 code * scale of packed codes."""
-    codes = unpack(packed, FORMATS[spec.format].bits, axis)
-    return (FORMATS[spec.format].decode(codes) * FORMATS[spec.scale.format].decode(scale)).to(torch.bfloat16)
+    """-> BF16 code * scale of packed codes. (Joined as BF16: three times as fast as joining the codes.)"""
+    element, scale = FORMATS[spec.format], FORMATS[spec.scale.format].decode(scale)
+    return join([(element.decode(codes) * scale).to(torch.bfloat16) for codes in split(packed, element.bits)], axis)
 
 
 def _noise(rows, k, words, *, spec, axis):
     return random_ints(rows, k, ROUNDINGS[spec.rounding], words, transposed=axis == 1)
+
+
+_noise.wide = True  # integers only
 
 
 # --- what the rest of the house calls ---
@@ -96,7 +99,7 @@ def _prepare(x: Tensor, spec: QuantSpec, key: Key | None, sign_key: Key | None):
     noise = None
     if spec.stochastic:
         noise = run(_noise, *x.shape, key.words(x.device), spec=spec, axis=axis).view(blocks.shape)
-    return blocks, noise, run(_scales, blocks, spec=spec), transposed, axis
+    return blocks, noise, run(_scales, blocks, format=spec.format, scale=spec.scale), transposed, axis
 
 
 def quantize(x: Tensor, spec: QuantSpec, key: Key | None = None, sign_key: Key | None = None) -> QTensor:

@@ -37,6 +37,19 @@ def philox(counter: tuple, key: tuple) -> tuple:
     return c0, c1, c2, c3
 
 
+_constants: dict[tuple, Tensor] = {}
+
+
+def constants(values: tuple, dtype: torch.dtype, device) -> Tensor:
+    """A tensor of numbers known beforehand, made once: copying one to a GPU waits for all the work queued before it."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    place = (values, dtype, str(device))
+    if place not in _constants:
+        _constants[place] = torch.tensor(values, dtype=dtype, device=device)
+    return _constants[place]
+
+
 @dataclass(frozen=True)
 class Key:
     """Where randomness is used. `index` may be an int64 tensor of one element: then advancing it needs no host sync
@@ -57,13 +70,13 @@ class Key:
 
     def words(self, device="cpu") -> Tensor:
         """int64 [5]: index, layer, use, seed low, seed high, the form that kernels take."""
-        fixed = torch.tensor([self.layer, self.use, self.seed & LOW, self.seed >> 32], device=device)
-        index = torch.as_tensor(self.index, dtype=torch.int64, device=device).reshape(1)
-        return torch.cat([index, fixed])
+        index = self.index if isinstance(self.index, Tensor) else torch.tensor(self.index)
+        fixed = constants((self.layer, self.use, self.seed & LOW, self.seed >> 32), torch.int64, device)
+        return torch.cat([index.reshape(1).to(device), fixed])
 
 
 def random_ints(rows: int, k: int, bits: int, words: Tensor, transposed: bool = False) -> Tensor:
-    """Random ints in [0, 2^min(bits, 24)) for an operand [rows, k], uint8 or int32; k divisible by 128 / bits.
+    """int32 random numbers in [0, 2^min(bits, 24)) for an operand [rows, k]; k divisible by 128 / bits.
 
     `bits` 8 or 32; of 32 the upper 24 are used (fp32 holds fraction + noise exactly up to there).
     `words`: `Key.words()`. Element (r, i) has number r * k + i wherever it lies in memory; `transposed` returns [k, rows].
@@ -79,7 +92,7 @@ def random_ints(rows: int, k: int, bits: int, words: Tensor, transposed: bool = 
     out = torch.cat(philox((calls & LOW, index, layer, use), (low, high)), axis).to(torch.int32)  # 4 along `axis`
     if bits == 8:
         shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=words.device)
-        out = ((out >> (shifts[:, None] if transposed else shifts)) & 0xFF).to(torch.uint8)  # a quarter of the memory
+        out = (out >> (shifts[:, None] if transposed else shifts)) & 0xFF
     else:
         out = (out >> 8) & 0xFFFFFF
     return out.flatten(0, 2) if transposed else out.flatten(1, 3)

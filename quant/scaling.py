@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from quant.formats import FORMATS
-from quant.spec import QuantSpec
+from quant.spec import Scale
 
 FLT_MAX = torch.finfo(torch.float32).max
 
 
-def tensor_scale(amax: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def tensor_scale(amax: Tensor, format: str, scale: Scale) -> tuple[Tensor, Tensor]:
     """amax [] (fp32, of the whole operand) -> (S_enc [], S_dec []), encode and decode scale of the tensor."""
-    target = FORMATS[spec.format].max * FORMATS[spec.scale.format].max
+    target = FORMATS[format].max * FORMATS[scale.format].max
     # (`2688 / amax` would be torch's reciprocal times 2688: two roundings.)
     s_enc = (torch.full_like(amax, target) / amax).clamp(max=FLT_MAX)
     s_enc = torch.where(amax == 0, 1.0, s_enc)
@@ -31,10 +31,10 @@ def tensor_scale(amax: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return s_enc, torch.ones_like(s_enc) / s_enc
 
 
-def block_scale(bmax: Tensor, s_enc: Tensor, s_dec: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def block_scale(bmax: Tensor, s_enc: Tensor, s_dec: Tensor, format: str, scale: Scale) -> tuple[Tensor, Tensor]:
     """bmax [...] (fp32, amax of each block) -> (int32 codes of the block scale, fp32 encode factor), same shape."""
-    element, fmt = FORMATS[spec.format], FORMATS[spec.scale.format]
-    if spec.scale.order == "g2":
+    element, fmt = FORMATS[format], FORMATS[scale.format]
+    if scale.order == "g2":
         s = bmax * (s_enc * (1.0 / element.max))
     else:
         s = (bmax / torch.full_like(bmax, element.max)) * s_enc

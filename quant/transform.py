@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quant.formats import to_bfloat16
-from quant.random import LOW, philox
+from quant.random import LOW, constants, philox
 
 # TransformerEngine's sign vector (its mask 0xD7E8), also torchao's default; longer transforms repeat it, shorter cut it.
 FIXED_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
@@ -27,7 +27,7 @@ def signs(size: int, kind: str, words: Tensor | None, device) -> Tensor:
         return torch.ones(size, device=device)
     if kind == "fixed":
         repeated = (FIXED_SIGNS * -(-size // len(FIXED_SIGNS)))[:size]
-        return torch.tensor(repeated, dtype=torch.float32, device=device)
+        return constants(repeated, torch.float32, device)
     index, layer, use, low, high = words.unbind()
     calls = torch.arange(-(-size // 128), device=device)
     drawn = torch.stack(philox((calls & LOW, index, layer, use), (low, high)), -1)  # [calls, 4] words of 32 bits

@@ -10,6 +10,8 @@ import torch
 from helpers import assert_same_bits
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 import quant.linear
@@ -573,3 +575,33 @@ def test_the_mode_says_why():
     assert pick_mode("fp32", torch.device("cpu")) == ("fp32", "emulated GEMMs: fp32, as asked")
     mode, line = pick_mode("auto", torch.device("cpu"))
     assert mode in ("bf16", "fp32") and line.startswith(f"emulated GEMMs: {mode}")
+
+
+class OneDevice(TorchDispatchMode):
+    """Raises when an operation touches a tensor that is not on the meta device."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        seen = {t.device.type for t in tree_flatten((args, kwargs, out))[0] if isinstance(t, Tensor)}
+        assert seen <= {"meta"}, f"{operation} touches {seen}"
+        return out
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_stays_on_the_device(name, monkeypatch):
+    """Forward and backward of a later micro-batch neither read a value back (meta tensors have none) nor make tensors of
+    numbers from the host (a copy that waits for a GPU). The meta device stands in for one, on any machine."""
+    module = Linear(I, O, device="meta")
+    module.recipe, module.context = RECIPES[name], Context(SEED, device="meta")
+    x = torch.empty(T, I, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    module(x).sum().backward()  # makes the constants
+
+    def from_numbers(*args, **kwargs):
+        raise AssertionError(f"a tensor made of {args} in the middle of a run")
+
+    for maker in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, maker, from_numbers)
+    with OneDevice():
+        module.context.at(STEP, MICRO_BATCH)
+        module(x).sum().backward()
+    assert module.weight.grad.shape == (O, I) and x.grad.shape == (T, I)
