@@ -17,6 +17,7 @@ import shutil
 import types
 
 import torch
+from torch.fx.experimental import _config
 
 # torch.compile's C++ takes a view between fp32 and int32 through memory in 32-byte copies. With 64-byte vectors each then
 # waits for two stores to finish; 32-byte vectors made the whole NVFP4 quantiser 1.5 times as fast on an AVX-512 machine.
@@ -48,7 +49,16 @@ def _compiled(unit, constants: tuple, kind: tuple):
 
 def run(unit, *args, **constants):
     """unit(*args, **constants), fused if that is switched on and we are not being compiled already."""
-    if _on and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return unit(*args, **constants)
+    with torch.no_grad():
+        if not _on:
+            return unit(*args, **constants)
+        # .data: what a tensor is a view of, and whether it has a gradient, would be reasons to compile again.
+        args = [a.data if isinstance(a, torch.Tensor) else a for a in args]
         kind = tuple((a.dtype, *(n == 1 for n in a.shape)) for a in args if isinstance(a, torch.Tensor))
-        return _compiled(unit, tuple(constants.items()), kind)(*args)
-    return unit(*args, **constants)
+        duck, _config.use_duck_shape = _config.use_duck_shape, False
+        try:
+            return _compiled(unit, tuple(constants.items()), kind)(*args)
+        finally:
+            _config.use_duck_shape = duck

@@ -222,6 +222,19 @@ def test_a_linear_forward_and_backward(recipe, mode, compiler):
     check_linear(recipe, mode)
 
 
+def test_one_compilation_serves_all_sizes_and_callers(compiler):
+    """No step compiles again: not for a size equal to a block's, a view, an input with a gradient, or another grad mode."""
+    fuse(True)
+    quantized_values(normal(48, 96), NV)
+    before = counters["stats"]["unique_graphs"]
+    quantized_values(normal(256, 256), NV)  # 256 / 16 blocks of 16
+    quantized_values(normal(16, 32).requires_grad_(), NV)
+    quantized_values(normal(4, 32, 64)[1], NV)
+    with torch.no_grad():
+        quantized_values(normal(32, 512), NV)
+    assert counters["stats"]["unique_graphs"] == before, "compiled again"
+
+
 ALL = [
     pytest.param(recipe, mode, id=f"{name} {mode}", marks=() if (name, mode) == ("nvfp4", "bf16") else pytest.mark.slow)
     for name, recipe in (("nvfp4", NVFP4), ("fresh g1 sr", NVFP4_FRESH))
