@@ -68,18 +68,43 @@ def save(run: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, sta
         (temporary / "COMPLETE").touch()
         for f in (*temporary.iterdir(), temporary):
             _fsync(f)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            _set_aside(folder)
         os.replace(temporary, folder)
         _fsync(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        recover(run)
         safe = steps(run)
         rest = f"the newest complete checkpoint is {step_folder(run, safe[-1])}" if safe else "there is no earlier checkpoint"
         raise OSError(f"could not write {folder}: {error}; {rest}") from None
     for old in steps(run)[:-keep]:
         if old != step:
-            shutil.rmtree(step_folder(run, old))
+            _set_aside(step_folder(run, old))
+    for old in run.glob(".old_step_*"):
+        shutil.rmtree(old)
     return folder
+
+
+def _set_aside(folder: Path) -> None:
+    """Take a step out of sight in one operation: a folder half deleted would still look like a checkpoint."""
+    shutil.rmtree(aside := folder.with_name(f".old_{folder.name}"), ignore_errors=True)
+    os.replace(folder, aside)
+
+
+def recover(run: Path) -> list[str]:
+    """Put right what a save left when it was interrupted: a whole step whose place is empty takes it, the rest is deleted.
+    Returns a line for each."""
+    lines = []
+    for left in sorted(run.glob(".*_step_*"), reverse=True):  # .writing_ before .old_
+        place = run / left.name[left.name.index("step_") :]
+        if not place.exists() and fault(left) is None:
+            os.replace(left, place)
+            lines.append(f"{place} was whole when a save was interrupted: kept")
+        else:
+            shutil.rmtree(left)
+            lines.append(f"removing {left}, which an interrupted save left behind")
+    return lines
 
 
 def size_estimate(model: nn.Module) -> int:

@@ -3,11 +3,14 @@
     config.toml (resolved) · run.json (command, commit, versions, device, backends) · metrics.jsonl · tb/ · samples.txt
     loss.png
 
-An existing folder continues from its newest complete step if the config continues it, and is refused with the
-differences otherwise. metrics.jsonl is cut back to that step, so a continued run leaves the file of an uninterrupted one.
+One process at a time trains into a folder. An existing one continues from its newest complete step if the config continues
+it, and is refused with the differences otherwise. metrics.jsonl is cut back to that step, so a continued run leaves the
+file of an uninterrupted one.
 """
 
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -39,12 +42,39 @@ class Run:
         name = config.run.name or f"{Path(config.source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.config, self.folder, self.argv = config, Path(config.run.out) / name, argv
         self.start = 0  # the first step to do
-        if config.run.overwrite and self.folder.exists():
+        self.board: SummaryWriter | None = None
+        self.lock: int | None = None
+        if not self.folder.exists():
+            return
+        self.claim()
+        if config.run.overwrite:
+            if not (self.folder / "config.toml").exists() and any(self.folder.iterdir()):
+                raise ValueError(f"run.overwrite: {self.folder} is no run (it has no config.toml), so nothing was deleted")
             print(f"run: {self.folder} is started anew, as asked (run.overwrite)")
-            shutil.rmtree(self.folder)
-        for left in self.folder.glob(".writing_step_*"):
-            print(f"run: removing {left}, which an interrupted save left behind")
-            shutil.rmtree(left)
+            for old in self.folder.iterdir():
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for line in checkpoint.recover(self.folder):
+            print(f"run: {line}")
+
+    def claim(self) -> None:
+        """Lock the folder for this process; the lock ends with it, however it ends. Raises ValueError if another has it."""
+        if self.lock is not None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ValueError(f"{self.folder} is being trained by another process; give this run another run.name") from None
+
+    def close(self) -> None:
+        """Write out what tensorboard holds back, and let go of the folder."""
+        if self.board:
+            self.board.close()
+        if self.lock is not None:
+            os.close(self.lock)
+        self.board = self.lock = None
 
     def resume_from(self) -> Path | None:
         """The checkpoint an existing run folder continues from. Raises ValueError if the config does not continue it."""
@@ -78,13 +108,13 @@ class Run:
     def open(self, step: int, facts: dict) -> None:
         """Create or continue the files of the run; metrics of later steps than `step` are cut off."""
         self.start = step
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.toml").write_text(dump(replace(self.config, run=replace(self.config.run, overwrite=False))))
-        (self.folder / "run.json").write_text(json.dumps(facts, indent=1))
+        self.claim()
+        _write(self.folder / "config.toml", dump(replace(self.config, run=replace(self.config.run, overwrite=False))))
+        _write(self.folder / "run.json", json.dumps(facts, indent=1))
         self.path = self.folder / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        _write(self.path, "".join(f"{line}\n" for line in kept))
         self.board = SummaryWriter(str(self.folder / "tb"), purge_step=step + 1 if step else None)
 
     def write(self, metrics: dict[str, float], losses: list[float]) -> None:
@@ -136,6 +166,13 @@ class Run:
         except OSError:
             return "unknown"
         return done.stdout.strip() or "unknown"
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing: an interruption leaves the old file."""
+    temporary = path.with_name(f".writing_{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def _step_of(line: str) -> int | None:

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -318,15 +318,28 @@ def main(argv: list[str]) -> int:
     if args.print:
         print(dump(config), end="")
         return 0
-    run = Run(config, argv)
-    source = run.resume_from()
+    if args.data:
+        open_corpus(config)
+        return 0
+    with closing(Run(config, argv)) as run:
+        start(config, run)
+    return 0
+
+
+def open_corpus(config: Config) -> Corpus:
+    """Prepare the data if need be. Raises ValueError if the model cannot be trained on it."""
     corpus = Corpus(prepare(config.data))
     if corpus.vocab_size > config.model.vocab_size:
         raise ValueError(f"the tokenizer has {corpus.vocab_size} tokens and model.vocab_size = {config.model.vocab_size}")
     for split in ("train", "val"):
         corpus.batch(split, 0, 0, 1, config.model.seq_len)  # raises if it is shorter than one window
-    if args.data:
-        return 0
+    return corpus
+
+
+def start(config: Config, run: Run) -> None:
+    """Begin the run, or continue or branch from a checkpoint, and train to the end."""
+    source = run.resume_from()
+    corpus = open_corpus(config)
     trainer = Trainer(config, run, corpus)
     run.check_disk(checkpoint.size_estimate(trainer.model))
     step = 0
@@ -340,13 +353,13 @@ def main(argv: list[str]) -> int:
         print(f"run: {run.folder} " + ("continues" if source else "branches") + f" from {folder}, after step {step}")
     if step >= config.train.steps:
         print(f"run: {run.folder} is finished, its {config.train.steps} steps are done; a new run needs another run.name")
-        return 0
+        return
     versions = {m: sys.modules[m].__version__ for m in ("torch", "numpy", "pydantic", "safetensors")}
     trainer.set_policy(step)
     run.open(
         step,
         {
-            "command": ["train.py", *argv],
+            "command": ["train.py", *run.argv],
             "commit": run.commit(),
             "python": platform.python_version(),
             "versions": versions,
@@ -365,7 +378,6 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, interrupted)
     signal.signal(signal.SIGTERM, interrupted)
     finish(trainer, trainer.train())
-    return 0
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from model import GPT, ModelConfig
 from quant import QuantSpec, Recipe, Rule, attach
 from quant.linear import Context, linears
 from quant.policy import assign, switches
+from quant.spec import OPERANDS
 
 frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
@@ -211,6 +212,11 @@ def _override(raw: dict, text: str) -> dict:
             if part not in named:
                 raise ValueError(f"override {text!r}: no {kind} is named {part!r}{_near(part, named)}")
             child = named[part]
+        elif kind == "recipe" and depth == 4 and ".".join(path[2:4]) in OPERANDS and part not in node:
+            raise ValueError(
+                f"override {text!r}: {'.'.join(path)} is not quantised, so there is nothing to vary; name a spec first, "
+                f"e.g. {'.'.join(path)}={next(iter(raw.get('specs', {})), 'NAME')}"
+            )
         else:
             child = node.setdefault(part, {})
         place = ".".join(path[:depth])

@@ -458,6 +458,7 @@ WRONG = [
     ("train.warmup=0.9", "train", "exceed", "0.9"),
     ("policy.tail.last=-1", "policy", "0 or more", "-1"),
     ("policy.tail.after=2", "policy", "0 <= after <= until <= 1", "2"),
+    ("policy=[{after=0.5, until=0.5, recipe='bf16'}]", "policy", "alike only at 1", "0.5"),
     ("recipes.nvfp4.wgrad.g.hadamard=0", "recipes.nvfp4", "both operands", "wgrad.x has hadamard 16"),
     ("recipes.nvfp4.wgrad.x.hadamard=32", "recipes.nvfp4", "both operands", "wgrad.g has hadamard 16"),
     ("recipes.nvfp4.wgrad.x.signs=none", "recipes.nvfp4", "both operands", "fixed"),
@@ -474,7 +475,12 @@ WRONG = [
     ("recipes.nvpf4.fprop.w=nv", "nvpf4", "no recipe is named", "'nvfp4'"),
     ("recipes.nvpf4.wgrad.g.hadamard=0", "nvpf4", "no recipe is named", "'nvfp4'"),
     ("recipes.nvpf4.weights=bf16", "nvpf4", "no recipe is named", "'nvfp4'"),
+    # an operand that is not quantised has nothing to vary
+    ("recipes.nvfp4-backward.fprop.x.rounding=away", "recipes.nvfp4-backward.fprop.x", "not quantised", "fprop.x=nv"),
+    ("recipes.nvfp4-backward.fprop.y.rounding=away", "recipes.nvfp4-backward.fprop.y", "unknown key", "'x'"),
     # not an override
+    ("train.steps=3\nrun.out=9", "train.steps=3", "one key=value", ""),
+    ("source=here.toml", "source", "unknown key", ""),
     ("train.steps", "train.steps", "key=value", "train.steps=100"),
     ("=3", "=3", "key=value", ""),
     ("", "''", "key=value", ""),
@@ -516,6 +522,7 @@ MISFITS = [  # (overrides, what the message says)
     (["model.d_model=250"], ["blocks.0.attn.qkv", "fprop.x", "contraction", "250", "16", "e2m1/1x16"]),
     (["model.ffn=1000"], ["blocks.0.ffn.up", "fprop.w", "rows", "1000", "16", "e2m1/16x16"]),
     (["model.seq_len=100", "train.batch_size=1"], ["blocks.0.attn.qkv", "wgrad.g", "contraction", "100", "16"]),
+    (["recipes.nvfp4.fprop.x.block=[16,16]", "model.seq_len=136"], ["fprop.x", "model.seq_len = 136", "multiple of 16"]),
     (["model.vocab_size=1024"], ["data.vocab_size", "model.vocab_size = 1024"]),
 ]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_golden import BOUND
 
 import checkpoint
 import train
@@ -77,11 +78,12 @@ def test_kill_and_resume_is_exact(small, variant, capsys):
     assert len(losses(whole)) == 20 and losses(whole) == losses(killed)
 
 
-def test_recompute_and_fusing_change_no_bit(small):
-    runs = {"plain": [], "recompute": ["train.recompute=true"]}
+@pytest.mark.parametrize("override", ["train.recompute=true", pytest.param("train.compile=quantiser", marks=pytest.mark.slow)])
+def test_recompute_and_fusing_change_no_bit(small, override):
+    runs = {"same-plain": ["run.overwrite=true"], f"same-{override}": [override]}
     for name, overrides in runs.items():
-        train.main([NVFP4, *small, f"run.name=same-{name}", *overrides])
-    assert_same_step(folder(small, "same-plain") / "step_000020", folder(small, "same-recompute") / "step_000020")
+        train.main([NVFP4, *small, f"run.name={name}", *overrides])
+    assert_same_step(*(folder(small, name) / "step_000020" for name in runs))
 
 
 def test_sigterm_saves_and_the_run_continues(small):
@@ -218,6 +220,80 @@ def test_overwrite(small, capsys):
     assert checkpoint.steps(folder(small, "again")) == [3]
 
 
+def test_overwrite_deletes_runs_only(small):
+    """A mistyped run.name must not cost somebody else's folder; preparing data must not cost a run."""
+    precious = folder(small, "thesis") / "chapter1.txt"
+    precious.parent.mkdir()
+    precious.write_text("all of it")
+    with pytest.raises(ValueError, match=r"run\.overwrite: .*thesis is no run .*nothing was deleted"):
+        train.main([BF16, *small, "run.name=thesis", "run.overwrite=true"])
+    train.main([BF16, *small, "run.name=thesis", "run.overwrite=true", "--data"])
+    assert precious.read_text() == "all of it"
+
+
+def test_one_process_a_run_folder(small):
+    process = start(BF16, small, "run.name=busy", "train.steps=100000", "train.log_every=1", "run.checkpoint_every=0")
+    for line in process.stdout:
+        if line.startswith("step     3/"):
+            break
+    written = (folder(small, "busy") / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"busy is being trained by another process; give this run another run\.name"):
+        train.main([BF16, *small, "run.name=busy", "run.overwrite=true"])
+    assert (folder(small, "busy") / "metrics.jsonl").read_text().startswith(written)
+    process.kill()  # and the lock with it
+    process.wait()
+    train.main([BF16, *small, "run.name=busy", "run.overwrite=true", "train.steps=2"])
+    assert checkpoint.steps(folder(small, "busy")) == [2]
+
+
+def test_interrupted_saves(finished, small, capsys):
+    """What a kill leaves between any two operations of a save: a whole step is never lost, half a one never taken."""
+    run = copy(finished, "interrupted")
+    step = run / "step_000020"
+    states = {
+        "written, not yet in place": lambda: step.rename(run / ".writing_step_000020"),
+        "the old one set aside, the new one not yet in place": lambda: (
+            step.rename(run / ".old_step_000020"),
+            subprocess.run(["cp", "-r", run / ".old_step_000020", run / ".writing_step_000020"], check=True),
+        ),
+        "in place, the old one half deleted": lambda: (
+            subprocess.run(["cp", "-r", step, run / ".old_step_000020"], check=True),
+            (run / ".old_step_000020/model.safetensors").unlink(),
+        ),
+        "half written": lambda: (
+            subprocess.run(["cp", "-r", step, run / ".writing_step_000030"], check=True),
+            os.truncate(run / ".writing_step_000030/model.safetensors", 1000),
+        ),
+    }
+    for name, make in states.items():
+        make()
+        lines = checkpoint.recover(run)
+        assert lines and checkpoint.steps(run) == [10, 20], name
+        assert checkpoint.fault(step) is None and not list(run.glob(".*")), name
+    step.rename(run / ".writing_step_000020")
+    train.main([NVFP4, *small, "run.name=interrupted", "train.stats_every=10"])
+    assert "step_000020 was whole when a save was interrupted: kept" in capsys.readouterr().out
+
+
+def test_saving_a_step_again_keeps_it_until_the_new_one_is_in_place(finished, monkeypatch):
+    """The last rename fails: the old step is still there."""
+    run = copy(finished, "again-full")
+    loaded = checkpoint.load_model(run)
+    before = checkpoint.sha256(run / "step_000020/model.safetensors")
+    replace = os.replace
+
+    def failing(old, new):
+        if ".writing_" in str(old):
+            raise OSError("No space left on device")
+        replace(old, new)
+
+    monkeypatch.setattr("checkpoint.os.replace", failing)
+    with pytest.raises(OSError, match=r"could not write .*step_000020: No space left.*newest complete checkpoint is .*000020"):
+        checkpoint.save(run, 20, loaded.model, torch.optim.AdamW([torch.zeros(1)]), {}, loaded.tokenizer.path, keep=2)
+    assert checkpoint.fault(run / "step_000020") is None and not list(run.glob(".*"))
+    assert checkpoint.sha256(run / "step_000020/model.safetensors") == before
+
+
 def test_keep_last(small):
     train.main([BF16, *small, "run.name=keep", "run.checkpoint_every=5", "run.keep=3"])
     assert checkpoint.steps(folder(small, "keep")) == [10, 15, 20]
@@ -273,7 +349,7 @@ def test_a_whole_model_compiled_trains(small):
     for name in ("off", "model"):
         train.main([NVFP4, *small, f"run.name=compile-{name}", "train.steps=10", f"train.compile={name}"])
     eager, compiled = (losses(folder(small, f"compile-{name}")) for name in ("off", "model"))
-    assert max(abs(a - b) for a, b in zip(eager, compiled, strict=True)) < 5.5e-3
+    assert max(abs(a - b) for a, b in zip(eager, compiled, strict=True)) < BOUND
 
 
 def test_profile(small):
