@@ -13,6 +13,7 @@ Left out so far: several ranks (torchrun), other optimisers.
 """
 
 import argparse
+import ctypes
 import math
 import platform
 import resource
@@ -36,6 +37,14 @@ from quant.linear import Context
 from quant.metrics import STATS
 from quant.policy import switches, table, unquantized
 from run import Run
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next tensor. Given back to the system, as it does with large pieces, it returns a
+    page fault at a time in every step: without this the tiny configs train 1.2 (NVFP4) and 1.3 times (BF16) slower."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(-4, 0)  # M_MMAP_MAX: no piece is mapped alone
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 class Stop(Exception):
@@ -321,6 +330,7 @@ def main(argv: list[str]) -> int:
     if args.data:
         open_corpus(config)
         return 0
+    keep_freed_memory()
     with closing(Run(config, argv)) as run:
         start(config, run)
     return 0
