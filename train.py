@@ -348,8 +348,7 @@ def open_corpus(config: Config) -> Corpus:
 
 def start(config: Config, run: Run) -> None:
     """Begin the run, or continue or branch from a checkpoint, and train to the end."""
-    source = run.resume_from()
-    corpus = open_corpus(config)
+    source, corpus = run.resume_from(), open_corpus(config)
     trainer = Trainer(config, run, corpus)
     run.check_disk(checkpoint.size_estimate(trainer.model))
     step = 0
@@ -364,20 +363,17 @@ def start(config: Config, run: Run) -> None:
     if step >= config.train.steps:
         print(f"run: {run.folder} is finished, its {config.train.steps} steps are done; a new run needs another run.name")
         return
-    versions = {m: sys.modules[m].__version__ for m in ("torch", "numpy", "pydantic", "safetensors")}
     trainer.set_policy(step)
-    run.open(
-        step,
-        {
-            "command": ["train.py", *run.argv],
-            "commit": run.commit(),
-            "python": platform.python_version(),
-            "versions": versions,
-            "device": f"{trainer.device} ({platform.processor() or platform.machine()})",
-            "threads": torch.get_num_threads(),
-            "backend": {name: f"emulate {trainer.mode}: {recipe}" for name, recipe in trainer.policy.items()},
-        },
-    )
+    facts = {
+        "command": ["train.py", *run.argv],
+        "commit": run.commit(),
+        "python": platform.python_version(),
+        "versions": {m: sys.modules[m].__version__ for m in ("torch", "numpy", "pydantic", "safetensors")},
+        "device": f"{trainer.device} ({platform.processor() or platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "backend": {name: f"emulate {trainer.mode}: {recipe}" for name, recipe in trainer.policy.items()},
+    }
+    run.open(step, facts)
     count = sum(p.numel() for p in trainer.model.parameters())
     print(f"run: {run.folder}: {count:,} parameters, {config.tokens_per_step:,} tokens a step, {config.train.steps} steps")
 

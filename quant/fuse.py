@@ -12,6 +12,7 @@ vectors (the intrinsics it is made of, alone, show it too). Units therefore comp
 """
 
 import functools
+import os
 import platform
 import shutil
 import types
@@ -29,14 +30,29 @@ _on = False
 def fuse(on: bool) -> str:
     """Compile units from now on, or stop doing so. Returns one line that says what runs and why.
 
-    A process-wide switch that changes speed only; without a C++ compiler on a CPU the answer is eager.
+    A process-wide switch that changes speed only; where nothing can be compiled the answer is eager.
     """
     global _on
+    obstacle = _obstacle() if on else "as asked"
+    _on = not obstacle
+    if obstacle:
+        return f"quantiser: eager, {obstacle}"
+    return f"quantiser: fused by torch.compile ({'Triton' if torch.cuda.is_available() else 'C++'}), bit-equal to eager"
+
+
+@functools.cache
+def _obstacle() -> str:
+    """Why torch.compile cannot be used here, or ""; found by using it."""
     cuda = torch.cuda.is_available()
-    _on = bool(on and (cuda or any(map(shutil.which, ("c++", "g++", "clang++")))))
-    if _on:
-        return f"quantiser: fused by torch.compile ({'Triton' if cuda else 'C++'}), bit-equal to eager"
-    return "quantiser: eager, " + ("as asked" if not on else "since there is no C++ compiler (install g++ to fuse it)")
+    if not (cuda or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))):
+        return "since there is no C++ compiler (install g++ to fuse it)"
+    try:
+        _compiled(_negated, (), ())(torch.ones(32, device="cuda" if cuda else "cpu"))
+    except Exception as error:  # of the compiler, of Triton, or of torch: any of them means no
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
+        return f"since torch.compile fails here: {reason}"
+    return ""
 
 
 @functools.cache
@@ -45,6 +61,10 @@ def _compiled(unit, constants: tuple, kind: tuple):
     clone = types.FunctionType(unit.__code__.replace(co_name=unit.__name__), unit.__globals__)
     clone.__kwdefaults__ = dict(constants)
     return torch.compile(clone, fullgraph=True, dynamic=True, options={} if getattr(unit, "wide", False) else OPTIONS)
+
+
+def _negated(x):
+    return -x
 
 
 def run(unit, *args, **constants):

@@ -6,9 +6,12 @@ which have each kind of unit in them (rotate, scales, noise, values, pack, decod
 """
 
 import math
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from quant.quantize import decoded_values, quantized_values, rotated
 from quant.random import Key, random_ints
 from quant.spec import Scale
 
+ROOT = Path(__file__).parent.parent
 NV, SQUARE, SR8 = QuantSpec(), QuantSpec(block=(16, 16)), QuantSpec(rounding="stochastic8")
 RHT, RHT_SR8 = QuantSpec(hadamard=16), QuantSpec(hadamard=16, rounding="stochastic8")
 NVFP4 = Recipe(fprop={"x": NV, "w": SQUARE}, dgrad={"g": SR8, "w": SQUARE}, wgrad={"g": RHT_SR8, "x": RHT})
@@ -220,6 +224,18 @@ def check_linear(recipe: Recipe, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["bf16", "fp32"])
 def test_a_linear_forward_and_backward(recipe, mode, compiler):
     check_linear(recipe, mode)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [({"CXX": "false"}, "since torch.compile fails here: "), ({"PATH": "", "CXX": "g++"}, "since there is no C++ compiler")],
+    ids=["a compiler that fails", "none"],
+)
+def test_without_a_working_compiler_it_is_eager_and_says_why(environment, said, tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **environment}
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from quant import fuse; print(fuse(True))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith(f"quantiser: eager, {said}") and done.stdout.count("\n") == 1, done.stdout + done.stderr
 
 
 def test_one_compilation_serves_all_sizes_and_callers(compiler):
