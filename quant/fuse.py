@@ -12,9 +12,7 @@ vectors (the intrinsics it is made of, alone, show it too). Units therefore comp
 """
 
 import functools
-import os
 import platform
-import shutil
 import types
 
 import torch
@@ -44,14 +42,13 @@ def fuse(on: bool) -> str:
 def _obstacle() -> str:
     """Why torch.compile cannot be used here, or ""; found by using it."""
     cuda = torch.cuda.is_available()
-    if not (cuda or any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))):
-        return "since there is no C++ compiler (install g++ to fuse it)"
     try:
         _compiled(_negated, (), ())(torch.ones(32, device="cuda" if cuda else "cpu"))
     except Exception as error:  # of the compiler, of Triton, or of torch: any of them means no
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
         reason = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
-        return f"since torch.compile fails here: {reason}"
+        hint = "; install g++ to fuse it" if "compiler" in reason else ""
+        return f"since torch.compile fails here ({reason}{hint})"
     return ""
 
 
