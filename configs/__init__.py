@@ -51,6 +51,10 @@ class RunConfig:
     samples: int = Field(2, ge=0)  # texts sampled at the end
     sample_tokens: int = Field(96, ge=1)
 
+    def __post_init__(self):
+        if "/" in self.name or self.name in (".", ".."):
+            raise ValueError(f"name {self.name!r}: expected the name of one folder inside run.out, without '/'")
+
 
 @frozen
 class TrainConfig:
@@ -59,8 +63,8 @@ class TrainConfig:
     steps: int = Field(500, ge=1)
     batch_size: int = Field(8, ge=1)
     micro_batches: int = Field(2, ge=1)
-    seed: int = Field(0, ge=0)
-    lr: float = Field(2e-3, gt=0)
+    seed: int = Field(0, ge=0, lt=2**63)
+    lr: float = Field(2e-3, gt=0, allow_inf_nan=False)
     final_lr: float = Field(0.01, ge=0)  # at the end of the decay, as a share of lr
     warmup: float = Field(0.04, ge=0, le=1)  # share of the run
     decay: float = Field(0.2, ge=0, le=1)  # share of the run; in between the rate is lr (WSD)
@@ -81,6 +85,11 @@ class TrainConfig:
     def __post_init__(self):
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup {self.warmup} + decay {self.decay} exceed the whole run")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)}: expected two numbers from 0 to below 1")
+        first, last = map(int, (self.profile or "0:1").split(":"))
+        if not first < last <= self.steps:
+            raise ValueError(f"profile {self.profile!r}: expected FROM:TO with FROM < TO <= train.steps = {self.steps}")
 
 
 @frozen
