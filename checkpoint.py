@@ -155,13 +155,15 @@ def fault(folder: Path) -> str | None:
     return None
 
 
-def intact(folder: Path) -> None:
-    """Raises ValueError if a step folder is damaged, naming the file and the newest intact step of the run."""
+def intact(folder: Path, use: str = "{folder}") -> None:
+    """Raises ValueError if a step folder is damaged, naming the file and the newest intact step of the run; `use` says how
+    to go on with that one."""
     if (wrong := fault(folder)) is None:
         return
     good = [s for s in steps(folder.parent) if step_folder(folder.parent, s) != folder]
     good = next((s for s in reversed(good) if fault(step_folder(folder.parent, s)) is None), None)
-    offer = f"the newest intact step is {good}: continue from it with run.resume={good}" if good else "no other step is intact"
+    use = use.format(step=good, folder=good and step_folder(folder.parent, good))
+    offer = f"the newest intact step is {good}: {use}" if good else "no other step is intact"
     raise ValueError(f"{wrong}; {offer}")
 
 

@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint
 from configs import Config, differences, dump, load
+from data import place_for
 
 # Keys that may change when a run is continued: none of them changes a number that training computes.
 FREE = (
@@ -44,6 +45,7 @@ class Run:
         self.start = 0  # the first step to do
         self.board: SummaryWriter | None = None
         self.lock: int | None = None
+        place_for(self.folder, "run.out")
         if not self.folder.exists():
             return
         self.claim()
@@ -98,8 +100,20 @@ class Run:
         step = self.config.run.resume or found[-1]
         if step not in found:
             raise ValueError(f"run.resume={step}: {self.folder} has the steps {', '.join(map(str, found))}")
-        checkpoint.intact(checkpoint.step_folder(self.folder, step))
-        return checkpoint.step_folder(self.folder, step)
+        source = checkpoint.step_folder(self.folder, step)
+        checkpoint.intact(source, "continue from it with run.resume={step}")
+        return source
+
+    def branch_from(self) -> Path | None:
+        """The step folder that run.init_from means. Raises ValueError if it is none, or damaged."""
+        if not self.config.run.init_from:
+            return None
+        try:
+            source = checkpoint.find(self.config.run.init_from)
+            checkpoint.intact(source, "branch from it with run.init_from={folder}")
+        except ValueError as error:
+            raise ValueError(f"run.init_from: {error}") from None
+        return source
 
     @staticmethod
     def _same_bits(key: str, values: tuple) -> bool:
@@ -151,8 +165,7 @@ class Run:
     def check_disk(self, checkpoint_bytes: int) -> None:
         """Raises ValueError if the checkpoints the run keeps, and the one being written, do not fit on the disk."""
         need, count = checkpoint_bytes * (self.config.run.keep + 1), self.config.run.keep + 1
-        place = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
-        if (free := shutil.disk_usage(place).free) < need:
+        if (free := shutil.disk_usage(place_for(self.folder, "run.out")).free) < need:
             raise ValueError(
                 f"{self.folder}: {free / 2**30:.2f} GiB are free, {need / 2**30:.2f} needed for {count} checkpoints"
             )

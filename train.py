@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -197,19 +197,24 @@ class Trainer:
         change = {self.run.start, *(math.ceil(share * t.steps) for share in switches(self.config.policy))}
         self.peak, self.began = matmul_peak(self.device, self.dtype), time.perf_counter()
         self.tick, self.timed_steps, self.timed = self.began, 0, 0.0
+        first_traced, end_traced = map(int, (t.profile or "0:0").split(":"))
         unread, metrics = [], {}  # (loss, bytes, norm) of steps since the last log, still on the device
-        for step in range(self.run.start, t.steps):
-            if step in change:
-                self.set_policy(step)
-            done, last = step + 1, step + 1 == t.steps
-            self.context.stats = {} if t.stats_every and done % t.stats_every == 0 else None
-            with self.profiled(step):
+        with ExitStack() as tracing:
+            for step in range(self.run.start, t.steps):
+                if step == max(first_traced, self.run.start) and step < end_traced:
+                    tracing.enter_context(self.traced())
+                if step in change:
+                    self.set_policy(step)
+                done, last = step + 1, step + 1 == t.steps
+                self.context.stats = {} if t.stats_every and done % t.stats_every == 0 else None
                 unread.append(self.step(step))
-            validating = last or done % t.val_every == 0
-            saving = last or bool(self.stopped_by) or bool(every and done % every == 0)
-            if validating or saving or self.context.stats or done % t.log_every == 0 or step == self.run.start:
-                metrics |= self.log(unread, done, validating, saving)
-                unread = []
+                if done == end_traced:
+                    tracing.close()
+                validating = last or done % t.val_every == 0
+                saving = last or bool(self.stopped_by) or bool(every and done % every == 0)
+                if validating or saving or self.context.stats or done % t.log_every == 0 or step == self.run.start:
+                    metrics |= self.log(unread, done, validating, saving)
+                    unread = []
         return metrics
 
     def log(self, unread: list[tuple[Tensor, Tensor, Tensor]], done: int, validating: bool, saving: bool) -> dict[str, float]:
@@ -222,7 +227,8 @@ class Trainer:
             self.timed_steps, self.timed = self.timed_steps + len(values), self.timed + now - self.tick
         loss, size, norm = (sum(column) / len(values) for column in zip(*values, strict=True))
         speed = self.timed_steps * per_step / self.timed if self.timed else 0.0
-        left = (t.steps - done) * per_step / speed if speed else 0.0
+        left = int((t.steps - done) * per_step / speed) if speed else 0
+        pace = f"{speed:7,.0f} tokens/s  left {left // 60}:{left % 60:02}" if speed else f"first step {now - self.tick:.0f} s"
         flops = speed * flops_per_token(self.config.model)
         metrics = {
             "step": done,
@@ -237,9 +243,9 @@ class Trainer:
             "tflops": flops / 1e12,
             "utilisation": flops / self.peak,  # of a 2048^3 matmul in the compute dtype, measured at the start
         }
-        line = f"step {done:5}/{t.steps}  loss {loss:.4f}  bits/byte {metrics['bpb']:.4f}  {speed:7,.0f} tokens/s"
         end = "\n" if validating or saving or not sys.stdout.isatty() else "\r"
-        print(f"{line}  left {int(left // 60)}:{int(left % 60):02}", end=end, flush=True)
+        line = f"step {done:5}/{t.steps}  loss {loss:.4f}  bits/byte {metrics['bpb']:.4f}  {pace}"
+        print(f"{line:90}", end=end, flush=True)  # padded: it may lie over a longer one
         if validating:
             metrics |= (found := self.validate())
             print(
@@ -256,17 +262,15 @@ class Trainer:
         return metrics
 
     @contextmanager
-    def profiled(self, step: int) -> Iterator[None]:
-        """A trace of the steps that train.profile names, written into the run folder."""
-        first, last = map(int, (self.config.train.profile or "0:0").split(":"))
-        if step == first and first < last:
-            self.profiler = torch.profiler.profile()
-            self.profiler.start()
-        yield
-        if step == last - 1 and first < last:
-            self.profiler.stop()
-            path = self.run.folder / f"profile_{first}-{last}.json"
-            self.profiler.export_chrome_trace(str(path))
+    def traced(self) -> Iterator[None]:
+        """A profiler trace of what runs inside, written into the run folder also when that ends early."""
+        path = self.run.folder / f"profile_{self.config.train.profile.replace(':', '-')}.json"
+        profiler = torch.profiler.profile()
+        try:
+            with profiler:
+                yield
+        finally:
+            profiler.export_chrome_trace(str(path))
             print(f"profile: {path} (for chrome://tracing or ui.perfetto.dev)")
 
     def check_finite(self, values: list[list[float]], done: int) -> None:
@@ -302,16 +306,18 @@ def finish(trainer: Trainer, metrics: dict[str, float]) -> None:
     if texts:
         (run.folder / "samples.txt").write_text("\n\n---\n\n".join(texts) + "\n")
         print("\nsamples:\n" + "\n".join(f"  | {' '.join(text.split())}" for text in texts))
+    files = ["config.toml", "metrics.jsonl", *["samples.txt"] * bool(texts), f"step_{config.train.steps:06d}/"]
+    other = "nvfp4" if set(trainer.policy.values()) == {"bf16"} else "bf16"
     dtype, utilisation = config.train.dtype.upper(), f"{metrics['utilisation']:.1%} of a 2048^3 matmul measured here"
     print(
         f"\nfinal validation loss {metrics['val_loss']:.4f} nats/token, {metrics['val_bpb']:.4f} bits/byte as trained; "
         f"{metrics['val_loss_bf16']:.4f} and {metrics['val_bpb_bf16']:.4f} in {dtype}\n"
         f"{metrics['tokens_per_s']:,.0f} tokens/s, {metrics['tflops']:.3f} TFLOP/s ({utilisation} in {dtype})\n\n"
-        f"run folder   {run.folder}  (config.toml, metrics.jsonl, samples.txt, step_{config.train.steps:06d}/)\n"
+        f"run folder   {run.folder}  ({', '.join(files)})\n"
         f"curves       {run.plot()}, or all runs: .venv/bin/tensorboard --logdir {run.folder.parent}\n"
         f"evaluate     make eval RUN={run.folder}\n"
         f"sample       make eval RUN={run.folder} ARGS='--sample \"My fellow citizens\"'\n"
-        "next         make train CONFIG=configs/tiny-bf16.toml     the same run in BF16\n"
+        f"next         make train CONFIG=configs/tiny-{other}.toml".ljust(58) + f"the small run in {other.upper()}\n"
         "             make train ARGS='policy.tail.last=0'         NVFP4 in every block; configs/nvfp4.toml lists more"
     )
 
@@ -319,7 +325,7 @@ def finish(trainer: Trainer, metrics: dict[str, float]) -> None:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Train a model as a config says.", epilog="see README.md")
     parser.add_argument("config", help="a TOML file, e.g. configs/tiny-nvfp4.toml")
-    parser.add_argument("override", nargs="*", help="key=value, e.g. train.steps=100 run.name=a")
+    parser.add_argument("override", nargs="*", default=[], help="key=value, e.g. train.steps=100 run.name=a")
     parser.add_argument("--print", action="store_true", help="write the resolved config and stop")
     parser.add_argument("--data", action="store_true", help="prepare the data and stop")
     args = parser.parse_intermixed_args(argv)
@@ -348,18 +354,20 @@ def open_corpus(config: Config) -> Corpus:
 
 def start(config: Config, run: Run) -> None:
     """Begin the run, or continue or branch from a checkpoint, and train to the end."""
-    source, corpus = run.resume_from(), open_corpus(config)
+    source, branch = run.resume_from(), run.branch_from()
+    corpus = open_corpus(config)
     trainer = Trainer(config, run, corpus)
     run.check_disk(checkpoint.size_estimate(trainer.model))
     step = 0
-    if source or config.run.init_from:
-        folder = source or checkpoint.find(config.run.init_from)
-        state = checkpoint.restore(folder, trainer.model, trainer.optimizer)
-        step = state["step"]
+    if source or branch:
+        state = checkpoint.restore(source or branch, trainer.model, trainer.optimizer)
+        folder, step = source or branch, state["step"]
         if state["data_sha256"] != corpus.sha256:
             was, now = state["data_sha256"][:12], corpus.sha256[:12]
             raise ValueError(f"{folder} was trained on other data (manifest sha256 {was}..., now {now}...)")
         print(f"run: {run.folder} " + ("continues" if source else "branches") + f" from {folder}, after step {step}")
+    if step >= config.train.steps and not source:
+        raise ValueError(f"run.init_from: {branch} has {step} steps, so train.steps = {config.train.steps} leaves none to do")
     if step >= config.train.steps:
         print(f"run: {run.folder} is finished, its {config.train.steps} steps are done; a new run needs another run.name")
         return
@@ -392,6 +400,9 @@ if __name__ == "__main__":
     except Stop as stop:
         print(f"train.py: {stop}", file=sys.stderr)
         sys.exit(3 if "non-finite" in str(stop) else 0)
+    except KeyboardInterrupt:
+        print("\ntrain.py: interrupted; it can be started again", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

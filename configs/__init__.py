@@ -121,12 +121,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         while len(layers) > 1 and problem in _parse(layers[-2][1])[1]:
             layers.pop()  # not to blame: the problem was there before
         raise ValueError(f"{layers[-1][0]}: {problem}{hint}")
-    config = replace(config, source=str(path))
-    try:
-        check(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return config
+    return replace(config, source=str(path))
 
 
 def check(config: Config) -> None:
@@ -139,10 +134,24 @@ def check(config: Config) -> None:
     with torch.device("meta"):
         model = GPT(config.model)
     attach(model, Context())
+    m, tokens = config.model, config.train.batch_size * config.model.seq_len
+    sizes = {
+        "train.batch_size * model.seq_len": tokens,
+        "model.d_model": m.d_model,
+        "model.ffn": m.ffn,
+        "(model.heads + 2 * model.kv_heads) * model.head_dim": (m.heads + 2 * m.kv_heads) * m.head_dim,
+        "model.heads * model.head_dim": m.heads * m.head_dim,
+        "model.vocab_size": m.vocab_size,
+    }
     for share in [0.0, *switches(config.policy)]:
         assign(model, config.recipes, config.policy, share)
         for module in linears(model).values():
-            module.check(config.train.batch_size * config.model.seq_len)
+            try:
+                module.check(tokens)
+            except ValueError as error:
+                own = (tokens, module.in_features, module.out_features)
+                keys = ", ".join(f"{key} = {size}" for key, size in sizes.items() if size in own)
+                raise ValueError(f"{error}; sizes here: {keys}") from None
             spec, window = module.recipe and module.recipe.fprop.x, config.model.seq_len
             if spec and window % spec.block[0]:
                 raise ValueError(
@@ -155,23 +164,27 @@ def check(config: Config) -> None:
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
-    """The file and those it extends, nearest first."""
-    if path.resolve() in seen:
+    """The file and those it extends, nearest first. `seen`: the files that led here."""
+    if path.resolve() in map(Path.resolve, seen):
         raise ValueError(f"{path}: extends itself")
+    place = f"{seen[-1]}: extends: {path}" if seen else path
     try:
         content = _plain(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ValueError(f"{path}: no such file{hint}") from None
+        raise ValueError(f"{place}: no such file{hint}") from None
+    except IsADirectoryError:
+        inside = _near("", sorted(p.name for p in path.glob("*.toml")))
+        raise ValueError(f"{place}: a folder, expected a TOML file{inside}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path}: not a TOML file: {error}") from None
+        raise ValueError(f"{place}: not a TOML file: {error}") from None
     base = content.pop("extends", None)
     if base is None:
         return [(path, content)]
     if not isinstance(base, str):
         raise ValueError(f"{path}: extends: expected the name of a file, got {base!r}")
-    return [(path, content), *_read(path.parent / base, (*seen, path.resolve()))]
+    return [(path, content), *_read(path.parent / base, (*seen, path))]
 
 
 def _merge(base: Any, over: Any) -> Any:
@@ -239,7 +252,8 @@ def _override(raw: dict, text: str) -> dict:
 
 
 def _parse(raw: dict) -> tuple[Config | None, dict[str, str]]:
-    """(the Config, {}), or (None, all that is wrong: "key path: what" -> a hint at what would be right)."""
+    """(the Config, {}), or (None, what is wrong: "key path: what" -> a hint at what would be right), missing keys last:
+    a misspelt key is also missing."""
     raw, problems = _plain(raw), {}
     specs = raw.get("specs", {})
 
@@ -264,7 +278,12 @@ def _parse(raw: dict) -> tuple[Config | None, dict[str, str]]:
     try:  # in JSON's strict mode a table is a dataclass and a list a tuple, but nothing else is converted
         config = TypeAdapter(Config).validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        return None, problems | dict(map(_explain, error.errors()))
+        problems |= dict(map(_explain, error.errors()))
+        return None, dict(sorted(problems.items(), key=lambda problem: problem[0].endswith("required")))
+    try:
+        check(config)
+    except ValueError as error:
+        problems.setdefault(str(error), "")
     return None if problems else config, problems
 
 
@@ -290,7 +309,8 @@ def _explain(error: Any) -> tuple[str, str]:
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {message}", ""
-    message = message.replace("an object", "a dictionary").replace("array", "tuple")  # JSON's words
+    for wrong, right in (("an object", "a table"), ("dictionary", "table"), ("array", "list"), ("tuple", "list")):
+        message = message.replace(wrong, right)  # TOML's words
     hint = _near(got, re.findall("'(.*?)'", error["ctx"]["expected"]), otherwise=False) if kind == "literal_error" else ""
     return f"{key}: {message[0].lower()}{message[1:]}, got {got!r}", hint
 

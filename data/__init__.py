@@ -12,6 +12,7 @@ so that none crosses a window, and tokenizing while training.
 
 from .loader import Corpus
 from .pipeline import DataConfig, prepare
+from .shards import place_for
 from .tokenizer import Tokenizer
 
-__all__ = ["Corpus", "DataConfig", "Tokenizer", "prepare"]
+__all__ = ["Corpus", "DataConfig", "Tokenizer", "place_for", "prepare"]

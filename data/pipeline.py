@@ -57,6 +57,7 @@ def prepare(config: DataConfig, quiet: bool = False) -> Path:
     name = re.sub(r"[^A-Za-z0-9._]+", "-", config.source).strip("-")[-40:]
     digest = hashlib.sha256(json.dumps([shards.VERSION, settings]).encode()).hexdigest()[:8]
     folder = Path(config.cache) / f"{name}-{config.vocab_size}-{digest}"
+    shards.place_for(folder, "data.cache")
     if not _complete(folder, settings):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # the kernel drops it when its holder is killed

@@ -44,6 +44,15 @@ def write_atomic(path: Path, *chunks: bytes | np.ndarray) -> None:
     os.replace(temporary, path)
 
 
+def place_for(folder: Path, key: str) -> Path:
+    """The nearest folder that exists at or above one to be made. Raises ValueError, naming the config key, if a file is in
+    the way."""
+    place = next(p for p in (folder, *folder.parents) if p.exists())
+    if not place.is_dir():
+        raise ValueError(f"{key}: {place} is a file, expected a folder")
+    return place
+
+
 def write_shard(path: Path, tokens: np.ndarray, tokenizer_sha256: str) -> str:
     """`tokens` [count] uint16 or uint32 as a shard; returns the sha256 of the tokens, hex."""
     digest = hashlib.sha256(tokens)

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 READERS = {".txt": "text", ".py": "text", ".jsonl": "json", ".parquet": "parquet"}
-KINDS = "pkg:NAME, pysource, hf:NAME[:SUBSET], or a path or glob of .txt, .jsonl (also .gz) or .parquet files"
+KINDS = "pkg:NAME, pysource, hf:NAME[:SUBSET], or a path or glob of .txt, .py, .jsonl (also .gz) or .parquet files"
 
 
 class Documents:

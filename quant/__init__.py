@@ -4,6 +4,8 @@ Modules import in one direction:
 formats, random, fuse < spec < scaling, transform < qtensor, quantize < metrics < gemm < linear < policy.
 """
 
+import warnings
+
 from quant.formats import FORMATS
 from quant.fuse import fuse
 from quant.gemm import gemm
@@ -28,3 +30,6 @@ __all__ = [
     "gemm",
     "quantize",
 ]
+
+# `python -m quant.formats` prints the table of formats; that this package has imported that module before does no harm.
+warnings.filterwarnings("ignore", "'quant.formats' found in sys.modules", RuntimeWarning)

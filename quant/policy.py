@@ -44,13 +44,16 @@ def assign(
 ) -> dict[str, str]:
     """Set `.recipe` of every Linear for this share of the run, 0 <= progress < 1. Returns module name -> recipe name.
 
-    Raises ValueError for a recipe that does not exist, a Linear without a rule, and a rule that matches no Linear
-    (`first = 0` and `last = 0` switch a rule off and may).
+    Raises ValueError for a recipe that does not exist, a Linear without a rule, more blocks at an end than there are,
+    and a rule that matches no Linear (`first = 0` and `last = 0` switch a rule off and may).
     """
     modules = linears(model)
     blocks = 1 + max((b for b in map(_block, modules) if b is not None), default=-1)
     for number, rule in enumerate(rules, 1):
         known(rule.recipe, [*recipes, "bf16"], f"recipe in {_describe(number, rule)}:")
+        for key in ("first", "last"):
+            if (getattr(rule, key) or 0) > blocks:
+                raise ValueError(f"{_describe(number, rule)}: {key} = {getattr(rule, key)}, but the model has {blocks} blocks")
         off = 0 in (rule.first, rule.last) and not (rule.first or rule.last)
         if not off and not any(_matches(rule, name, blocks) for name in modules):
             raise ValueError(f"{_describe(number, rule)} matches none of the Linears {', '.join(modules)}")

@@ -64,10 +64,10 @@ class QuantSpec:
     signs: Literal["none", "fixed", "fresh"] = "fixed"
 
     def __post_init__(self):
-        known(self.format, FORMATS, "format")
-        known(self.rounding, ROUNDINGS, "rounding")
-        if FORMATS[self.format].bits > 8:
+        if self.format in FORMATS and FORMATS[self.format].bits > 8:
             raise ValueError(f"format {self.format!r} has {FORMATS[self.format].bits} bits; codes of at most 8 are stored")
+        known(self.format, [f.name for f in FORMATS.values() if f.bits <= 8], "format")
+        known(self.rounding, ROUNDINGS, "rounding")
         if min(self.block) < 1:
             raise ValueError(f"block {list(self.block)}: expected two positive sizes, [rows, contraction]")
         if self.block[1] % 2:

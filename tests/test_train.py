@@ -159,8 +159,11 @@ def test_damage_is_named_and_an_intact_step_offered(finished, small, damage):
     arguments = [NVFP4, *small, f"run.name={run.name}", "train.stats_every=10"]
     with pytest.raises(ValueError, match=r"model\.safetensors is .*newest intact step is 10.*run\.resume=10"):
         train.main(arguments)
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
+    with pytest.raises(ValueError, match=rf"model\.safetensors .*newest intact step is 10: {run}/step_000010$"):
         checkpoint.load_model(run)
+    branch = [NVFP4, *small, f"run.name=branch-{damage}", f"run.init_from={run}"]
+    with pytest.raises(ValueError, match=rf"^run\.init_from: .*model\.safetensors .*run\.init_from={run}/step_000010$"):
+        train.main(branch)
     assert train.main([*arguments, "run.resume=10"]) == 0
     assert_same_step(run / "step_000020", finished / "step_000020")
     assert losses(run) == losses(finished)
@@ -211,6 +214,8 @@ def test_branch_into_another_recipe(finished, small, capsys):
     assert len(losses(folder(small, "branch"))) == 10
     with pytest.raises(ValueError, match="blocks.1.ffn.up.weight is|wants"):
         train.main([BF16, *small, "run.name=branch2", start_from, "model.ffn=384"])
+    with pytest.raises(ValueError, match=r"run\.init_from: .*step_000020 has 20 steps, so train\.steps = 20 leaves none"):
+        train.main([BF16, *small, "run.name=branch3", f"run.init_from={finished}"])
 
 
 def test_overwrite(small, capsys):
@@ -358,6 +363,26 @@ def test_profile(small):
     assert any("addmm" in e.get("name", "") or "mm" in e.get("name", "") for e in trace["traceEvents"])
 
 
+def test_profile_of_a_run_that_stops_inside_the_window_and_is_continued(small, monkeypatch):
+    """A profiler left running is a crash at exit; the continued run traces the rest of the window."""
+    arguments = [BF16, *small, "run.name=profile-stopped", "train.steps=6", "train.profile=1:5", "train.log_every=1"]
+    trace = folder(small, "profile-stopped") / "profile_1-5.json"
+    step = train.Trainer.step
+
+    def stopping(self, number):
+        self.stopped_by = "SIGTERM" if number == 2 else ""
+        return step(self, number)
+
+    monkeypatch.setattr(train.Trainer, "step", stopping)
+    with pytest.raises(train.Stop, match="saved .*step_000003"):
+        train.main(arguments)
+    assert json.loads(trace.read_text())["traceEvents"]
+    trace.unlink()
+    monkeypatch.setattr(train.Trainer, "step", step)
+    train.main(arguments)
+    assert json.loads(trace.read_text())["traceEvents"] and len(losses(trace.parent)) == 6
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -365,7 +390,9 @@ def test_profile(small):
         (["model.vocab_size=384"], "data.vocab_size = 512 does not fit"),
         (["model.d_model=136"], "must be a multiple of 16"),
         (["data.source=nowhere/*.txt"], "nowhere"),
-        (["run.init_from=nowhere"], "neither a checkpoint nor a run folder"),
+        (["run.out=README.md/x"], "run.out: README.md is a file, expected a folder"),
+        (["data.cache=README.md"], "data.cache: README.md is a file, expected a folder"),
+        (["run.init_from=nowhere"], "run.init_from: nowhere: neither a checkpoint nor a run folder"),
         (["run.resume=7", "run.name=finished", "train.stats_every=10"], "has the steps 10, 20"),
     ],
 )
