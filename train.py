@@ -243,9 +243,9 @@ class Trainer:
             "tflops": flops / 1e12,
             "utilisation": flops / self.peak,  # of a 2048^3 matmul in the compute dtype, measured at the start
         }
-        end = "\n" if validating or saving or not sys.stdout.isatty() else "\r"
+        live = sys.stdout.isatty()  # there a line lies over the one before, which may be longer
         line = f"step {done:5}/{t.steps}  loss {loss:.4f}  bits/byte {metrics['bpb']:.4f}  {pace}"
-        print(f"{line:90}", end=end, flush=True)  # padded: it may lie over a longer one
+        print(f"{line:{90 * live}}", end="\r" if live and not (validating or saving) else "\n", flush=True)
         if validating:
             metrics |= (found := self.validate())
             print(
@@ -308,6 +308,7 @@ def finish(trainer: Trainer, metrics: dict[str, float]) -> None:
         print("\nsamples:\n" + "\n".join(f"  | {' '.join(text.split())}" for text in texts))
     files = ["config.toml", "metrics.jsonl", *["samples.txt"] * bool(texts), f"step_{config.train.steps:06d}/"]
     other = "nvfp4" if set(trainer.policy.values()) == {"bf16"} else "bf16"
+    next_one = f"make train CONFIG=configs/tiny-{other}.toml"
     dtype, utilisation = config.train.dtype.upper(), f"{metrics['utilisation']:.1%} of a 2048^3 matmul measured here"
     print(
         f"\nfinal validation loss {metrics['val_loss']:.4f} nats/token, {metrics['val_bpb']:.4f} bits/byte as trained; "
@@ -317,7 +318,7 @@ def finish(trainer: Trainer, metrics: dict[str, float]) -> None:
         f"curves       {run.plot()}, or all runs: .venv/bin/tensorboard --logdir {run.folder.parent}\n"
         f"evaluate     make eval RUN={run.folder}\n"
         f"sample       make eval RUN={run.folder} ARGS='--sample \"My fellow citizens\"'\n"
-        f"next         make train CONFIG=configs/tiny-{other}.toml".ljust(58) + f"the small run in {other.upper()}\n"
+        f"next         {next_one:45}the small run in {other.upper()}\n"
         "             make train ARGS='policy.tail.last=0'         NVFP4 in every block; configs/nvfp4.toml lists more"
     )
 
