@@ -1,19 +1,21 @@
 """Number formats: what a code means, and how a real number becomes one.
 
-A float format with E exponent bits, M mantissa bits and bias b stores a magnitude as the integer
+A format with E exponent bits, M mantissa bits and bias b stores a magnitude as the integer
 
     code = (field << M) | mantissa          value = (mantissa + [field > 0] 2^M) * 2^(max(field, 1) - b - M)
 
-with the sign above it. Read as a plain integer, the code counts the representable magnitudes upwards from zero. So
-rounding is one formula for normals, subnormals and the carry into the next binade alike:
+Read as a plain integer, the code counts the representable magnitudes upwards from zero. So rounding is one formula for
+normals, subnormals and the carry into the next binade alike:
 
     e = max(floor(log2 |x|), emin)      t = |x| * 2^(M - e)      r = round(t)      code = r + ((e - emin) << M)
 
 `t` is exact (a power of two times x), `r` counts quanta, and a carry (r = 2^(M+1)) lands on the right code by itself.
-Every rounding mode is a way to turn `t` into an integer. All of it is fp32 and int32 arithmetic that gives the same
-bits on every device; no cast decides a rounding (casts differ between torch, Triton's interpreter and hardware).
+Every rounding mode is a way to turn `t` into an integer. An integer of n bits is the case E = 0: one binade, M = n - 1, in
+two's complement, with an implicit scale of 2^(2 - n), as MXINT8 has it; the most negative code is never written.
+All of it is fp32 and int32 arithmetic that gives the same bits on every device; no cast decides a rounding (casts differ
+between torch, Triton's interpreter and hardware).
 
-Left out: integers with an implicit scale, codebooks, formats wider than 16 bits.
+A format that is a table of values instead is in codebooks.py, with the same methods. Left out: formats wider than 19 bits.
 """
 
 import math
@@ -22,15 +24,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from quant.codebooks import NF4, Codebook, posit
+from quant.rounding import round_quanta
+
 FLOAT32_EXPONENT = 0x7F800000  # the exponent field of an fp32 bit pattern
-ROUNDINGS = {"nearest": 0, "away": 0, "zero": 0, "stochastic": 32, "stochastic8": 8}  # -> random bits per element
 
 
 @dataclass(frozen=True)
 class Format:
-    """A signed binary float. `max` is the largest finite value (default: every code is finite).
+    """A binary float, or a fixed-point number (E = 0). `finite_max` is the largest finite value; left out, every code is
+    finite (but for field 255 of 8 exponent bits, whose values are beyond fp32).
 
     Codes above `max` are NaN, but for one Inf directly above it where `max` fills its binade (the IEEE habit).
+    signed: without a sign, negative numbers become 0. negative_zero: without one its code is the only NaN (FNUZ).
+    zero: what code 0 means; E8M0 has 2^-127 there and no zero.
     """
 
     name: str
@@ -39,6 +46,9 @@ class Format:
     bias: int | None = None  # default 2^(E-1) - 1
     finite_max: float | None = None
     torch_dtype: torch.dtype | None = None  # a torch dtype with the same bit patterns, where there is one
+    signed: bool = True
+    negative_zero: bool = True
+    zero: float = 0.0
 
     # Derived (set once: torch.compile cannot trace the first use of a cached_property):
     bits: int = field(init=False)
@@ -46,44 +56,72 @@ class Format:
     max_code: int = field(init=False)  # magnitude code of the largest finite value
     max: float = field(init=False)
     tiny: float = field(init=False)  # smallest positive value, a subnormal
-    nan_code: int | None = field(init=False)  # magnitude code written for NaN and Inf, None if all codes are finite
+    nan_code: int | None = field(init=False)  # what is written for NaN and Inf, None if all codes are finite
 
     def __post_init__(self):
         E, M = self.exponent_bits, self.mantissa_bits
-        emin = 1 - (2 ** (E - 1) - 1 if self.bias is None else self.bias)
-        top = all_ones = (1 << (E + M)) - 1
-        if self.finite_max is not None:
-            exponent = math.floor(math.log2(self.finite_max))
-            top = int(self.finite_max * 2.0 ** (M - exponent)) + ((exponent - emin) << M)
-        derived = {"bits": 1 + E + M, "emin": emin, "max_code": top, "nan_code": all_ones if top < all_ones else None}
+        emin = 1 - (2**E // 2 - (E > 0) if self.bias is None else self.bias)
+        all_ones = (1 << (E + M)) - 1
+        finite_max = self.finite_max
+        if finite_max is None and E == 8 and emin == -126:
+            finite_max = 2.0**127 * (2 - 2.0**-M)
+        top = all_ones
+        if finite_max is not None:
+            exponent = math.floor(math.log2(finite_max))
+            top = int(finite_max * 2.0 ** (M - exponent)) + ((exponent - emin) << M)
+        bits = E + M + self.signed
+        nan = all_ones if top < all_ones else None
+        if not self.negative_zero:
+            nan = 1 << (bits - 1)
+        derived = {"bits": bits, "emin": emin, "max_code": top, "nan_code": nan}
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "max", self._magnitude(top))
-        object.__setattr__(self, "tiny", self._magnitude(1))
+        object.__setattr__(self, "tiny", self.zero or self._magnitude(1))
 
     def _magnitude(self, code: int) -> float:
         field = max(code >> self.mantissa_bits, 1)
         return (code - ((field - 1) << self.mantissa_bits)) * 2.0 ** (field - 1 + self.emin - self.mantissa_bits)
 
-    def encode(self, x: Tensor, rounding: str = "nearest", random: Tensor | None = None) -> Tensor:
-        """fp32 [...] -> int32 codes [...], sign bit included; saturates; NaN and Inf give `nan_code`, or `max_code`
-        (whoever calls must then carry the NaN in a scale) where there is none, a NaN without a sign. -0.0 keeps its sign.
+    @property
+    def integer(self) -> bool:
+        return self.exponent_bits == 0
 
-        rounding: nearest (ties to the even code) | away (ties away from zero) | zero (truncate)
-          | stochastic (up with the probability of the fraction, to 2^-24; `random`: int in [0, 2^24), same shape)
-          | stochastic8 (`random`: int in [0, 256); up iff floor(256 fraction) + random >= 256: the carry rule
-            of TransformerEngine's portable path).
+    @property
+    def significant_bits(self) -> int:
+        """Of the longest significand: a product of two of 8 together is exact in BF16."""
+        return self.mantissa_bits + (not self.integer)
+
+    @property
+    def emax(self) -> int:
+        """floor(log2(max)), which the E8M0 scale rules of OCP MX are about."""
+        return math.floor(math.log2(self.max))
+
+    def encode(self, x: Tensor, rounding: str = "nearest", random: Tensor | None = None) -> Tensor:
+        """fp32 [...] -> int32 codes [...], sign bit included; saturates. NaN and Inf give `nan_code`; where there is none,
+        whoever calls must carry them in a scale. -0.0 keeps its sign where the format has one for zero.
+
+        rounding: see quant/rounding.py; ties go to the even code, without mantissa bits upwards (IEEE 754-2019, 4.3.1).
+        random: int in [0, 2^N), same shape, for stochasticN.
         """
         bits = x.view(torch.int32)
         quanta, e = self._quanta(x, bits, rounding, random)
         quanta = torch.where(quanta == quanta, quanta, 0.0)  # the int of a NaN is not defined
         code = quanta.to(torch.int32) + ((e - ((self.emin + 127) << 23)) >> (23 - self.mantissa_bits))
         code = code.clamp(max=self.max_code)
-        if self.nan_code is not None:
-            code = torch.where((bits & FLOAT32_EXPONENT) == FLOAT32_EXPONENT, self.nan_code, code)
-        code = torch.where(bits < 0, code + (1 << (self.bits - 1)), code)
+        sign = 1 << (self.bits - 1)
+        if not self.signed:
+            code = torch.where(bits < 0, self.nan_code if self.zero else 0, code)
+        elif self.integer:
+            code = torch.where(bits < 0, -code & (2 * sign - 1), code)
+        else:
+            code = torch.where(bits < 0, code + sign, code)
+        if not self.negative_zero:
+            code = torch.where(code == sign, 0, code)
+        if self.nan_code is None:
+            return torch.where(x == x, code, self.max_code)
         # The sign of a NaN that arithmetic made differs between CPUs and compilers: no code depends on it.
-        return torch.where(x == x, code, self.max_code if self.nan_code is None else self.nan_code)
+        return torch.where((bits & FLOAT32_EXPONENT) == FLOAT32_EXPONENT, self.nan_code, code)
 
     def round(self, x: Tensor, rounding: str = "nearest", random: Tensor | None = None) -> Tensor:
         """fp32 [...] -> fp32 values of this format: decode(encode(x)), except that NaN stays NaN and Inf saturates.
@@ -93,6 +131,10 @@ class Format:
         bits = x.view(torch.int32)
         quanta, e = self._quanta(x, bits, rounding, random)
         value = (quanta * 2.0**-self.mantissa_bits * e.view(torch.float32)).clamp(max=self.max)
+        if not self.signed:
+            return torch.where(bits < 0, torch.where(x == x, 0.0, x), value)
+        if self.integer or not self.negative_zero:  # no zero with a sign
+            return torch.where((bits < 0) & (value != 0), -value, value)
         return torch.where(bits < 0, -value, value)
 
     def _quanta(self, x: Tensor, bits: Tensor, rounding: str, random: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -101,26 +143,35 @@ class Format:
         Views between fp32 and int32 are few on purpose: compiled C++ takes them through memory, and each costs as much
         as ten operations.
         """
-        top = min(math.floor(math.log2(self.max)) + 2, 127)  # a binade that saturates, where fp32 has one
+        top = min(self.emax + 2, 127)  # a binade that saturates, where fp32 has one
         a = x.abs().clamp(max=2.0**top * (2 - 2.0**-23))
-        e = (bits & FLOAT32_EXPONENT).clamp((self.emin + 127) << 23, (top + 127) << 23)
+        e = (bits & FLOAT32_EXPONENT).clamp((self.emin + 127) << 23, ((self.emin if self.integer else top) + 127) << 23)
         # 2^(1 - e) rather than 2^-e: its exponent field is 1 ... 254 for every e, so it is always a normal number.
         t = a * ((255 << 23) - e).view(torch.float32) * 2.0 ** (self.mantissa_bits - 1)
-        return _round(t, rounding, random), e
+        return round_quanta(t, self.mantissa_bits + 3, rounding, random), e
 
     def decode(self, code: Tensor) -> Tensor:
         """int codes [...] -> fp32 values [...], exactly; codes above `max` are NaN (or Inf, see the class)."""
         m, emin = self.mantissa_bits, self.emin
         code = code.to(torch.int32)
-        magnitude = code & ((1 << (self.bits - 1)) - 1)
+        if self.integer:
+            half = 1 << (self.bits - 1)
+            return ((code ^ half) - half).to(torch.float32) * 2.0 ** (emin - m)
+        sign = 1 << (self.bits - 1) if self.signed else 1 << self.bits
+        magnitude = code & (sign - 1)
         steps = ((magnitude >> m) - 1).clamp(min=0)  # binades above the lowest
         significand = (magnitude - (steps << m)).to(torch.float32) * 2.0**-m
         value = significand * ((steps + (emin + 127)) << 23).view(torch.float32)
-        if self.nan_code is not None:
+        if self.nan_code is not None and self.negative_zero:
             value = torch.where(magnitude > self.max_code, math.nan, value)
-            if m and (self.max_code + 1) & ((1 << m) - 1) == 0:
+            if m and self.signed and (self.max_code + 1) & ((1 << m) - 1) == 0:
                 value = torch.where(magnitude == self.max_code + 1, math.inf, value)
-        return torch.where(code > (1 << (self.bits - 1)) - 1, -value, value)
+        if self.zero:
+            value = torch.where(magnitude < 1, self.zero, value)
+        if not self.signed:
+            return value
+        value = torch.where(code > sign - 1, -value, value)
+        return value if self.negative_zero else torch.where(code == self.nan_code, math.nan, value)
 
     def values(self) -> Tensor:
         """fp32 [2^bits]: the value of every code."""
@@ -135,41 +186,44 @@ def to_bfloat16(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)
 
 
-def _round(t: Tensor, rounding: str, random: Tensor | None) -> Tensor:
-    if rounding == "nearest":
-        return t.round()  # torch rounds halves to even
-    if rounding == "stochastic8":  # floor(256 fraction) + random >= 256, in fewer steps; every sum is an exact integer
-        return (((t * 256.0).floor() + random.to(torch.float32)) * 2.0**-8).floor()
-    below = t.floor()
-    if rounding == "zero":
-        return below
-    fraction = t - below  # exact: both share t's quantum
-    if rounding == "away":
-        return below + (fraction >= 0.5)
-    return below + ((fraction * 2.0**24).floor() + random.to(torch.float32) >= 2.0**24)
+def _integer(bits: int) -> Format:
+    return Format(f"int{bits}", 0, bits - 1)
 
 
-FORMATS = {
+#      name  E  M
+NAMED: dict[str, Format | Codebook] = {
     f.name: f
     for f in (
-        #      name    E  M
         Format("e2m1", 2, 1),  # NVFP4, MXFP4 elements: 0 .5 1 1.5 2 3 4 6
         Format("e2m3", 2, 3),  # MXFP6
         Format("e3m2", 3, 2),  # MXFP6
         Format("e4m3", 4, 3, finite_max=448.0, torch_dtype=torch.float8_e4m3fn),
         Format("e5m2", 5, 2, finite_max=57344.0, torch_dtype=torch.float8_e5m2),
+        Format("e3m4", 3, 4, finite_max=15.5),
+        Format("e4m3-fnuz", 4, 3, bias=8, negative_zero=False, torch_dtype=torch.float8_e4m3fnuz),  # 1.4.3, arXiv:2206.02915
+        Format("e5m2-fnuz", 5, 2, bias=16, negative_zero=False, torch_dtype=torch.float8_e5m2fnuz),  # 1.5.2
+        Format("e5m3", 5, 3, finite_max=61440.0, signed=False),  # UE5M3 as Graphcore has it: exponent 31 is reserved
+        Format("e5m3-amd", 5, 3, finite_max=114688.0, signed=False),  # as AMD has it: only the last code is NaN
+        Format("e8m0", 8, 0, bias=127, finite_max=2.0**127, signed=False, zero=2.0**-127, torch_dtype=torch.float8_e8m0fnu),
+        Format("e8m3", 8, 3),  # arXiv:2405.18710
         Format("fp16", 5, 10, finite_max=65504.0, torch_dtype=torch.float16),
-        Format("bf16", 8, 7, finite_max=2.0**127 * (2 - 2.0**-7), torch_dtype=torch.bfloat16),
+        Format("bf16", 8, 7, torch_dtype=torch.bfloat16),
+        *map(_integer, (4, 8, 16)),
+        NF4,
+        *(posit(8, es) for es in (0, 1, 2)),  # arXiv:2105.00053
     )
 }
+# ... and by name every other integer, int2 to int16, and every other float, finite throughout, e1m0 to e8m10.
+_UNNAMED = (*map(_integer, range(2, 17)), *(Format(f"e{E}m{M}", E, M) for E in range(1, 9) for M in range(11)))
+FORMATS = {f.name: f for f in _UNNAMED} | NAMED
 
 
 def table() -> str:
-    """The formats as text, one line each: bits, emin, smallest and largest value, special codes."""
-    lines = [f"{'format':8}{'bits':>5}{'emin':>6}{'tiny':>12}{'max':>12}  special codes"]
-    for f in FORMATS.values():
-        special = "none" if f.nan_code is None else f"{f.nan_code - f.max_code} a sign above 0x{f.max_code:02X}"
-        lines.append(f"{f.name:8}{f.bits:5}{f.emin:6}{f.tiny:12.4g}{f.max:12.6g}  {special}")
+    """The named formats as text, one line each: bits, smallest and largest value, how many codes are no numbers."""
+    lines = [f"{'format':11}{'bits':>4}{'tiny':>12}{'max':>12}  codes that are no numbers"]
+    for f in NAMED.values():
+        special = 2**f.bits - int(f.values().isfinite().sum())
+        lines.append(f"{f.name:11}{f.bits:4}{f.tiny:12.4g}{f.max:12.6g}  {special or 'none'}")
     return "\n".join(lines)
 
 

@@ -13,10 +13,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from quant.formats import FORMATS, ROUNDINGS
+from quant.formats import FORMATS
 from quant.fuse import run
 from quant.qtensor import QTensor, contraction_axis, in_memory, join, logical, pack, split, to_blocks
 from quant.random import Key, random_ints
+from quant.rounding import random_bits
 from quant.scaling import FLT_MAX, block_scale, tensor_scale
 from quant.spec import QuantSpec
 from quant.transform import hadamard, signs
@@ -59,7 +60,7 @@ def _decode(packed, scale, *, spec, axis):
 
 
 def _noise(rows, k, words, *, spec, axis):
-    return random_ints(rows, k, ROUNDINGS[spec.rounding], words, transposed=axis == 1)
+    return random_ints(rows, k, random_bits(spec.rounding), words, transposed=axis == 1)
 
 
 _noise.wide = True  # integers only

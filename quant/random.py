@@ -9,7 +9,7 @@ Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2
                                          layer = number of the Linear in the model; use = operand, or signs of a GEMM
 
 so nothing depends on tiling, rank, accumulation, recomputation or on what was drawn before, and there is no state to
-save. One call serves 16 elements of 8 bits (byte i of word w to element 4w + i) or 4 of 32. Bit-equal to
+save. One call serves 16 elements of 8 bits (byte i of word w to element 4w + i), 8 of 16 or 4 of 32. Bit-equal to
 `triton.language.philox` (tests/test_random.py).
 
 Left out: normal variates (initialisation uses a torch.Generator of its own).
@@ -75,13 +75,19 @@ class Key:
         return torch.cat([index.reshape(1).to(device), fixed])
 
 
-def random_ints(rows: int, k: int, bits: int, words: Tensor, transposed: bool = False) -> Tensor:
-    """int32 random numbers in [0, 2^min(bits, 24)) for an operand [rows, k]; k divisible by 128 / bits.
+def per_call(bits: int) -> int:
+    """How many elements that take so many random bits one call serves."""
+    return 16 if bits <= 8 else 8 if bits <= 16 else 4
 
-    `bits` 8 or 32; of 32 the upper 24 are used (fp32 holds fraction + noise exactly up to there).
+
+def random_ints(rows: int, k: int, bits: int, words: Tensor, transposed: bool = False) -> Tensor:
+    """int32 random numbers in [0, 2^bits) for an operand [rows, k]; bits 1 to 24, k divisible by `per_call(bits)`.
+
+    An element takes 8, 16 or 32 bits of a call, and the upper `bits` of them are used.
     `words`: `Key.words()`. Element (r, i) has number r * k + i wherever it lies in memory; `transposed` returns [k, rows].
     """
-    n = 128 // bits
+    n = per_call(bits)
+    taken = 128 // n
     r, c = torch.arange(rows, device=words.device), torch.arange(k // n, device=words.device)
     index, layer, use, low, high = words.unbind()
     if transposed:
@@ -90,9 +96,10 @@ def random_ints(rows: int, k: int, bits: int, words: Tensor, transposed: bool = 
         calls = (r[:, None] * (k // n) + c[None, :])[:, :, None, None]  # [rows, k / n, 1, 1]
     axis = 1 if transposed else 2
     out = torch.cat(philox((calls & LOW, index, layer, use), (low, high)), axis).to(torch.int32)  # 4 along `axis`
-    if bits == 8:
-        shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=words.device)
-        out = (out >> (shifts[:, None] if transposed else shifts)) & 0xFF
+    if taken < 32:
+        shifts = torch.arange(taken - bits, 32, taken, dtype=torch.int32, device=words.device)
+        out = out >> (shifts[:, None] if transposed else shifts)
     else:
-        out = (out >> 8) & 0xFFFFFF
+        out = out >> (32 - bits)
+    out = out & ((1 << bits) - 1)
     return out.flatten(0, 2) if transposed else out.flatten(1, 3)

@@ -17,7 +17,9 @@ from typing import Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from quant.formats import FORMATS, ROUNDINGS
+from quant.formats import FORMATS, NAMED
+from quant.random import per_call
+from quant.rounding import ROUNDINGS, random_bits
 
 frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
@@ -64,10 +66,12 @@ class QuantSpec:
     signs: Literal["none", "fixed", "fresh"] = "fixed"
 
     def __post_init__(self):
-        if self.format in FORMATS and FORMATS[self.format].bits > 8:
-            raise ValueError(f"format {self.format!r} has {FORMATS[self.format].bits} bits; codes of at most 8 are stored")
-        known(self.format, [f.name for f in FORMATS.values() if f.bits <= 8], "format")
-        known(self.rounding, ROUNDINGS, "rounding")
+        if self.format not in FORMATS:
+            known(self.format, NAMED, "format")
+        try:
+            random_bits(self.rounding)
+        except ValueError:
+            known(self.rounding, ROUNDINGS, "rounding")
         if min(self.block) < 1:
             raise ValueError(f"block {list(self.block)}: expected two positive sizes, [rows, contraction]")
         if self.block[1] % 2:
@@ -77,13 +81,13 @@ class QuantSpec:
 
     @property
     def stochastic(self) -> bool:
-        return ROUNDINGS[self.rounding] > 0
+        return random_bits(self.rounding) > 0
 
     @property
     def multiple(self) -> tuple[int, int]:
         """(rows, contraction): what the operand's sizes must be multiples of."""
-        per_call = 128 // ROUNDINGS[self.rounding] if self.stochastic else 1
-        return self.block[0], max(self.block[1], self.hadamard, per_call)
+        calls = per_call(random_bits(self.rounding)) if self.stochastic else 1
+        return self.block[0], max(self.block[1], self.hadamard, calls)
 
     @property
     def keyed(self) -> bool:

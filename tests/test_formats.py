@@ -1,51 +1,96 @@
-"""quant/formats.py: codes and values are those of the published tables and of ml_dtypes, for every code; rounding is
-checked where it decides (every midpoint and its fp32 neighbours, every BF16 number), in all five modes; beyond the
-largest value it saturates; NaN, Inf and -0.0 do what the docstrings say.
+"""quant/formats.py: codes and values are those of the published tables, of ml_dtypes where it has the format and of gfloat
+elsewhere, for every code; rounding is checked where it decides (every midpoint and its fp32 neighbours, every BF16 number),
+in every mode; beyond the largest value it saturates; NaN, Inf and -0.0 do what the docstrings say.
 """
 
 import functools
 import math
 
+import gfloat
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from gfloat import Domain, FormatInfo
 from helpers import assert_same_bits
 from torch import Tensor
 
-from quant.formats import FORMATS, ROUNDINGS, Format, table, to_bfloat16
+from quant.formats import FORMATS, NAMED, Format, table, to_bfloat16
+from quant.rounding import ROUNDINGS, random_bits
 
-# Somebody else's implementation of each format.
+# Somebody else's implementation of each format: a numpy dtype,
 THEIRS = {
     "e2m1": ml_dtypes.float4_e2m1fn,
     "e2m3": ml_dtypes.float6_e2m3fn,
     "e3m2": ml_dtypes.float6_e3m2fn,
     "e4m3": ml_dtypes.float8_e4m3fn,
     "e5m2": ml_dtypes.float8_e5m2,
+    "e3m4": ml_dtypes.float8_e3m4,
+    "e4m3-fnuz": ml_dtypes.float8_e4m3fnuz,
+    "e5m2-fnuz": ml_dtypes.float8_e5m2fnuz,
     "fp16": np.float16,
     "bf16": ml_dtypes.bfloat16,
 }
-NARROW = ["e2m1", "e2m3", "e3m2", "e4m3", "e5m2"]
-formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
+
+
+def described(name: str, E: int, M: int, nans: int = 0, signed: bool = True, infinite: bool = False) -> FormatInfo:
+    """... or gfloat's description: `nans` codes at the top are no numbers, and one more is Inf if `infinite`."""
+    return FormatInfo(name, E + M + signed, M + 1, bias=2 ** (E - 1) - 1, is_signed=signed,
+                      domain=Domain.Extended if infinite else Domain.Finite, has_nz=signed, num_high_nans=nans,
+                      has_subnormals=True, is_twos_complement=False)  # fmt: skip
+
+
+def integer(bits: int) -> FormatInfo:
+    return FormatInfo(f"int{bits}", bits, bits, bias=0, is_signed=True, domain=Domain.Finite, has_nz=False, num_high_nans=0,
+                      has_subnormals=True, is_twos_complement=True)  # fmt: skip
+
+
+DESCRIBED = {
+    "e5m3": described("e5m3", 5, 3, nans=8, signed=False),
+    "e5m3-amd": described("e5m3-amd", 5, 3, nans=1, signed=False),
+    "e8m3": described("e8m3", 8, 3, nans=7, infinite=True),
+    **{f"int{n}": integer(n) for n in (2, 3, 4, 8, 16)},
+    **{f"e{E}m{M}": described(f"e{E}m{M}", E, M) for E, M in ((1, 2), (2, 0), (2, 5), (3, 3), (5, 1), (5, 10), (6, 9), (7, 2))},
+    "e8m1": described("e8m1", 8, 1, nans=1, infinite=True),
+    "e8m10": described("e8m10", 8, 10, nans=1023, infinite=True),
+}
+ALL = [FORMATS[name] for name in [*THEIRS, *DESCRIBED]]
+NARROW = ["e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "e4m3-fnuz", "e5m3", "int4", "e7m2"]
+SIGNED_ZERO = [f for f in ALL if f.signed and f.negative_zero and not f.integer]
+formats = pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
 narrow = pytest.mark.parametrize("fmt", [FORMATS[n] for n in NARROW], ids=NARROW)
+SOME = [*ROUNDINGS, "stochastic3", "stochastic16"]
 
 
 def code_dtype(fmt: Format):
-    return np.uint8 if fmt.bits <= 8 else np.uint16
+    return np.uint8 if fmt.bits <= 8 else np.uint16 if fmt.bits <= 16 else np.uint32
 
 
 def their_codes(x: Tensor, fmt: Format) -> Tensor:
-    with np.errstate(over="ignore"):
-        codes = x.numpy().astype(THEIRS[fmt.name]).view(code_dtype(fmt))
+    """Nearest even; of |x| <= max."""
+    if fmt.name in THEIRS:
+        with np.errstate(over="ignore"):
+            codes = x.numpy().astype(THEIRS[fmt.name]).view(code_dtype(fmt))
+    else:
+        values = gfloat.round_ndarray(DESCRIBED[fmt.name], x.double().numpy(), sat=True)
+        codes = gfloat.encode_ndarray(DESCRIBED[fmt.name], values)
     return torch.from_numpy(codes.astype(np.int32))
 
 
 @functools.cache
-def grid(fmt: Format) -> np.ndarray:
-    """Every finite magnitude of the format, ascending, in fp64, from ml_dtypes: no code of ours."""
-    codes = np.arange(2 ** (fmt.bits - 1)).astype(code_dtype(fmt)).view(THEIRS[fmt.name])
+def their_values(fmt: Format) -> np.ndarray:
+    """fp64 [2^bits]: the value of every code, by no code of ours."""
+    codes = np.arange(2**fmt.bits).astype(code_dtype(fmt))
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        values = codes.astype(np.float64)
+        if fmt.name in THEIRS:
+            return codes.view(THEIRS[fmt.name]).astype(np.float64)
+        return gfloat.decode_ndarray(DESCRIBED[fmt.name], codes.astype(np.int64))
+
+
+@functools.cache
+def grid(fmt: Format) -> np.ndarray:
+    """Every finite magnitude of the format, ascending, in fp64."""
+    values = their_values(fmt)[: 2 ** (fmt.bits - fmt.signed)]
     return values[np.isfinite(values)]
 
 
@@ -55,7 +100,7 @@ def every_bf16() -> Tensor:
 
 @functools.cache
 def deciding(fmt: Format) -> Tensor:
-    """Every value and midpoint of the format, with the fp32 numbers next to them; both signs; all within range."""
+    """Every value and midpoint of the format, with the fp32 numbers next to them, of both signs; all within range."""
     values = grid(fmt)
     centres = np.concatenate([values, (values[:-1] + values[1:]) / 2])
     near = centres.astype(np.float32)
@@ -63,13 +108,14 @@ def deciding(fmt: Format) -> Tensor:
     infinity = np.float32(np.inf)
     near = np.concatenate([near, np.nextafter(near, infinity), np.nextafter(near, -infinity)])
     near = near[(near >= 0) & (near <= values[-1])]
-    return torch.from_numpy(np.concatenate([near, -near]))
+    return torch.from_numpy(np.concatenate([near, -near] if fmt.signed else [near]))
 
 
 def inputs(fmt: Format) -> Tensor:
     """`deciding`, every BF16 number and 10^5 fp32 bit patterns, those within the finite range of the format."""
     random = torch.randint(-(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     x = torch.cat([deciding(fmt), every_bf16(), random.view(torch.float32)])
+    x = x if fmt.signed else x.abs()
     return x[x.abs() <= grid(fmt)[-1]]
 
 
@@ -84,7 +130,12 @@ def neighbours(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def with_sign(magnitude: Tensor, negative: Tensor, fmt: Format) -> Tensor:
-    return (magnitude + negative * (1 << (fmt.bits - 1))).to(torch.int32)
+    """The codes of these magnitudes, some negative."""
+    if fmt.integer:
+        codes = torch.where(negative, -magnitude, magnitude) & (2**fmt.bits - 1)
+    else:
+        codes = magnitude + (negative & ((magnitude > 0) | fmt.negative_zero)) * (1 << (fmt.bits - 1))
+    return codes.to(torch.int32)
 
 
 # --- tables ---
@@ -104,12 +155,10 @@ def test_e2m1_ties_go_to_the_even_code():
 
 @formats
 def test_every_code_has_its_value(fmt):
-    codes = np.arange(2**fmt.bits).astype(code_dtype(fmt))
-    with np.errstate(invalid="ignore"):  # signalling NaNs
-        expected = torch.from_numpy(codes.view(THEIRS[fmt.name]).astype(np.float32))
+    expected = torch.from_numpy(their_values(fmt)).float()
     assert_same_bits(fmt.values(), expected, f"values of {fmt.name}")
     if fmt.torch_dtype is not None:
-        patterns = torch.from_numpy(codes.view(np.int8 if fmt.bits == 8 else np.int16))
+        patterns = torch.arange(2**fmt.bits).to(torch.int8 if fmt.bits == 8 else torch.int16)
         assert_same_bits(fmt.values(), patterns.view(fmt.torch_dtype).float(), f"values of {fmt.torch_dtype}")
 
 
@@ -117,9 +166,10 @@ def test_every_code_has_its_value(fmt):
 def test_every_finite_code_survives_decode_and_encode(fmt):
     codes = torch.arange(2**fmt.bits, dtype=torch.int32)
     codes = codes[fmt.decode(codes).isfinite()]
-    assert len(codes) == 2 * len(grid(fmt))
-    for rounding, bits in ROUNDINGS.items():
-        noise = torch.full_like(codes, 2 ** min(bits, 24) - 1)  # as large as it can be: a value on the grid stays there
+    if fmt.integer:
+        codes = codes[codes != 1 << (fmt.bits - 1)]  # the most negative one is never written
+    for rounding in SOME:
+        noise = torch.full_like(codes, 2 ** random_bits(rounding) - 1)  # as large as it can be: a value stays where it is
         assert_same_bits(fmt.encode(fmt.decode(codes), rounding, noise), codes, f"{fmt.name}, {rounding}")
 
 
@@ -128,18 +178,47 @@ def test_derived_numbers(fmt):
     values = grid(fmt)
     assert (fmt.max, fmt.tiny, fmt.max_code) == (values[-1], values[1], len(values) - 1)
     assert fmt.decode(torch.tensor(fmt.max_code)).item() == fmt.max
+    assert 2.0**fmt.emax <= fmt.max < 2.0 ** (fmt.emax + 1)
+    longest = max((int(v * 2.0**160) // (int(v * 2.0**160) & -int(v * 2.0**160))).bit_length() for v in values[1:])
+    assert fmt.significant_bits == longest
     if fmt.torch_dtype is not None:
         info = torch.finfo(fmt.torch_dtype)
         assert (fmt.bits, fmt.max, 2.0**fmt.emin) == (info.bits, info.max, info.tiny)
-    assert fmt.name in table()
+
+
+def test_formats_by_name():
+    assert set(NAMED) < set(FORMATS) and all(name == f.name for name, f in FORMATS.items())
+    assert {f"e{E}m{M}" for E in range(1, 9) for M in range(11)} | {f"int{n}" for n in range(2, 17)} <= set(FORMATS)
+    assert all(name in table() for name in NAMED)
+    assert (FORMATS["e5m3"].max, FORMATS["e5m3-amd"].max, FORMATS["int8"].max) == (61440, 114688, 127 / 64)
+    assert all(f.nan_code is None for name, f in FORMATS.items() if name not in NAMED and not name.startswith("e8"))
+
+
+# --- E8M0: a power of two, and no zero ---
+
+
+def test_e8m0():
+    fmt = FORMATS["e8m0"]
+    codes = torch.arange(256).to(torch.uint8)
+    assert_same_bits(fmt.values(), codes.view(torch.float8_e8m0fnu).float(), "values of E8M0")
+    theirs = torch.from_numpy(codes.numpy().view(ml_dtypes.float8_e8m0fnu).astype(np.float32))
+    assert_same_bits(fmt.values(), theirs, "values of E8M0")
+    values = fmt.values()[:255]
+    assert_same_bits(fmt.encode(values), codes[:255].to(torch.int32), "codes of E8M0")
+    x = torch.cat([values[1:-1] * m for m in (1.25, 1.4999, 1.5, 1.5001, 1.99)])
+    theirs = torch.from_numpy(x.numpy().astype(ml_dtypes.float8_e8m0fnu).view(np.uint8)).to(torch.int32)
+    assert_same_bits(fmt.encode(x), theirs, "nearest power of two, halves up")
+    assert fmt.encode(torch.tensor([0.0, -1.0, math.nan, math.inf, 3e38])).tolist() == [0, 255, 255, 255, 254]
 
 
 # --- rounding ---
 
 
 @formats
-def test_nearest_is_that_of_ml_dtypes(fmt):
+def test_nearest_is_theirs(fmt):
     x = inputs(fmt)
+    if fmt.mantissa_bits == 0:  # halves go up (IEEE 754-2019, 4.3.1; ml_dtypes' E8M0), in gfloat to the even code
+        x = x[neighbours(x, fmt)[1] != 0.5]
     assert_same_bits(fmt.encode(x), their_codes(x, fmt), f"codes of {fmt.name}")
 
 
@@ -163,7 +242,7 @@ def fractions(fmt: Format) -> tuple[Tensor, Tensor]:
     values = grid(fmt)
     x = values[:-1, None] + np.diff(values)[:, None] * np.array([f for f in chosen if 0 <= f < 1])
     x = torch.from_numpy(x.astype(np.float32).ravel())
-    x = torch.cat([x, -x])
+    x = torch.cat([x, -x]) if fmt.signed else x
     return x, neighbours(x, fmt)[1]
 
 
@@ -173,9 +252,9 @@ def test_stochastic8_goes_up_in_floor_256_fraction_of_256_cases(fmt):
     below, _, negative = neighbours(x, fmt)
     noise = torch.arange(256, dtype=torch.uint8).repeat(len(x), 1)  # all there is: a probability, not a sample
     codes = fmt.encode(x[:, None].expand(-1, 256).contiguous(), "stochastic8", noise)
-    ups = codes - with_sign(below, negative, fmt)[:, None]
-    assert ((ups == 0) | (ups == 1)).all(), "a stochastic rounding went to a value that is not next to x"
-    assert_same_bits(ups.sum(1), (fraction * 256).floor().long(), f"{fmt.name}: times up of 256")
+    down, up = (codes == with_sign(below + k, negative, fmt)[:, None] for k in (0, 1))
+    assert (down | up).all(), "a stochastic rounding went to a value that is not next to x"
+    assert_same_bits(up.sum(1), (fraction * 256).floor().long(), f"{fmt.name}: times up of 256")
 
 
 @narrow
@@ -188,18 +267,18 @@ def test_stochastic_goes_up_from_its_threshold_on(fmt):
     assert_same_bits(fmt.encode(x, "stochastic", last_down), down, f"{fmt.name}: the largest noise that goes down")
     some = share > 0
     up = fmt.encode(x[some], "stochastic", last_down[some] + 1)
-    assert_same_bits(up, down[some] + 1, f"{fmt.name}: the smallest noise that goes up")
+    assert_same_bits(up, with_sign(below + 1, negative, fmt)[some], f"{fmt.name}: the smallest noise that goes up")
     assert_same_bits(fmt.encode(x, "stochastic", torch.zeros_like(down)), down, f"{fmt.name}: no noise")
 
 
 @formats
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("rounding", SOME)
 def test_round_is_decode_of_encode(fmt, rounding):
     x = torch.cat([deciding(fmt), every_bf16()])  # beyond the range, too
     x = x[x.isfinite()]
     if rounding != "nearest":
         x = x[:: 1 + len(x) // 40_000]  # the full set once is enough: modes differ in one small function
-    noise = torch.randint(0, 2 ** min(ROUNDINGS[rounding], 24), x.shape, generator=torch.Generator().manual_seed(1))
+    noise = torch.randint(0, 2 ** random_bits(rounding), x.shape, generator=torch.Generator().manual_seed(1))
     ours = fmt.round(x, rounding, noise)
     assert_same_bits(ours, fmt.decode(fmt.encode(x, rounding, noise)), f"{fmt.name}, {rounding}")
 
@@ -208,16 +287,17 @@ def test_round_is_decode_of_encode(fmt, rounding):
 
 
 @formats
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("rounding", SOME)
 def test_beyond_the_largest_value_it_saturates(fmt, rounding):
     top = np.float32(fmt.max)
     beyond = [np.nextafter(top, np.float32(np.inf)), *(top * np.array([1.01, 1.04, 1.5, 1.99, 2.0, 3.99, 4.0, 1e9]))]
     x = torch.tensor(beyond + [torch.finfo(torch.float32).max]).float()
     x = x[x.isfinite()]
     x = torch.cat([x, -x])
-    for noise in (0, 2 ** min(ROUNDINGS[rounding], 24) - 1):
+    lowest = -fmt.max if fmt.signed else 0.0
+    for noise in (0, 2 ** random_bits(rounding) - 1):
         ours = fmt.round(x, rounding, torch.full(x.shape, noise))
-        assert_same_bits(ours, torch.where(x < 0, -fmt.max, fmt.max), f"{fmt.name}, {rounding}, noise {noise}")
+        assert_same_bits(ours, torch.where(x < 0, lowest, fmt.max), f"{fmt.name}, {rounding}, noise {noise}")
 
 
 @formats
@@ -228,27 +308,39 @@ def test_just_below_the_largest_value(fmt):
 
 
 @formats
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("rounding", SOME)
 def test_nan_and_inf(fmt, rounding):
     x = torch.tensor([math.nan, -math.nan, math.inf, -math.inf])
     noise = torch.zeros(4, dtype=torch.int32)
-    magnitude = fmt.encode(x, rounding, noise) & ((1 << (fmt.bits - 1)) - 1)
-    assert magnitude.tolist() == [fmt.max_code if fmt.nan_code is None else fmt.nan_code] * 4
-    if fmt.nan_code is not None:
-        assert fmt.decode(fmt.encode(x, rounding, noise)).isnan().all(), "a special value became a number"
-    expected = torch.tensor([math.nan, math.nan, fmt.max, -fmt.max])
+    codes = fmt.encode(x, rounding, noise)
+    if fmt.nan_code is None:
+        assert codes[:2].tolist() == [fmt.max_code] * 2  # a scale must carry the NaN
+    else:
+        assert fmt.decode(codes).isnan().all(), "a special value became a number"
+        assert codes.tolist() == [fmt.nan_code] * 4
+    lowest = -fmt.max if fmt.signed else 0.0
+    expected = torch.tensor([math.nan, math.nan, fmt.max, lowest])
     assert_same_bits(fmt.round(x, rounding, noise), expected, f"round of {fmt.name}, {rounding}")
 
 
 @formats
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_zeros_keep_their_sign(fmt, rounding):
+@pytest.mark.parametrize("rounding", SOME)
+def test_zeros_keep_their_sign_where_there_is_one(fmt, rounding):
     small = fmt.tiny / 8
     x = torch.tensor([0.0, -0.0, small, -small])
     zeros = torch.zeros(4, dtype=torch.int32)
-    sign = 1 << (fmt.bits - 1)
-    assert fmt.encode(x, rounding, zeros).tolist() == [0, sign, 0, sign]
-    assert_same_bits(fmt.round(x, rounding, zeros), torch.tensor([0.0, -0.0, 0.0, -0.0]), f"{fmt.name}, {rounding}")
+    negative = (1 << (fmt.bits - 1), -0.0) if fmt in SIGNED_ZERO else (0, 0.0)
+    assert fmt.encode(x, rounding, zeros).tolist() == [0, negative[0], 0, negative[0]]
+    expected = torch.tensor([0.0, negative[1], 0.0, negative[1]])
+    assert_same_bits(fmt.round(x, rounding, zeros), expected, f"{fmt.name}, {rounding}")
+
+
+@formats
+def test_negative_numbers_without_a_sign_are_zero(fmt):
+    if not fmt.signed:
+        x = torch.tensor([-fmt.tiny, -1.0, -fmt.max, -1e30])
+        assert fmt.encode(x).tolist() == [0] * 4
+        assert_same_bits(fmt.round(x), torch.zeros(4), fmt.name)
 
 
 def test_strides_do_not_matter():

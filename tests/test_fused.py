@@ -168,7 +168,7 @@ def test_every_spec(spec, dtype, transposed, compiler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True], ids=["row", "transposed"])
-@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("bits", [8, 11, 24])
 def test_random_bits(bits, transposed, compiler):
     run = torch.compile(random_ints, fullgraph=True, dynamic=True)
     for rows, k, key in ((32, 64, KEY), (48, 128, Key(2**64 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1))):
