@@ -178,6 +178,11 @@ class Format:
         return self.decode(torch.arange(2**self.bits, dtype=torch.int32))
 
 
+def code_dtype(bits: int) -> torch.dtype:
+    """What stores codes of so many bits, one each."""
+    return torch.uint8 if bits <= 8 else torch.uint16 if bits <= 16 else torch.int32
+
+
 def to_bfloat16(x: Tensor) -> Tensor:
     """fp32 -> BF16, nearest even, as three integer operations (FORMATS["bf16"].round is the meaning, but takes 30, and
     the Hadamard transform rounds 16 of them in one loop). Overflow gives Inf, NaN stays NaN."""
@@ -204,7 +209,7 @@ NAMED: dict[str, Format | Codebook] = {
         Format("e5m2-fnuz", 5, 2, bias=16, negative_zero=False, torch_dtype=torch.float8_e5m2fnuz),  # 1.5.2
         Format("e5m3", 5, 3, finite_max=61440.0, signed=False),  # UE5M3 as Graphcore has it: exponent 31 is reserved
         Format("e5m3-amd", 5, 3, finite_max=114688.0, signed=False),  # as AMD has it: only the last code is NaN
-        Format("e8m0", 8, 0, bias=127, finite_max=2.0**127, signed=False, zero=2.0**-127, torch_dtype=torch.float8_e8m0fnu),
+        Format("e8m0", 8, 0, bias=127, finite_max=2.0**127, signed=False, zero=2.0**-127),
         Format("e8m3", 8, 3),  # arXiv:2405.18710
         Format("fp16", 5, 10, finite_max=65504.0, torch_dtype=torch.float16),
         Format("bf16", 8, 7, torch_dtype=torch.bfloat16),

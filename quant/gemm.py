@@ -1,14 +1,18 @@
 """gemm(a, b): y[M, N] = a[M, K] b[N, K]^T of two operands. The only place where a backend is picked.
 
-`emulate`, the one backend so far, runs everywhere: operands arrive as BF16 `code * scale` (exact, see quantize.py) and
-the product of their global scales leaves the sum as alpha, so one ordinary matrix product is all there is. Two modes:
+`emulate`, the one backend so far, runs everywhere: operands arrive as `code * scale`, BF16 where that is exact (quantize.py),
+and scales of a tensor or of rows leave the sum as alpha, so one ordinary matrix product is all there is. Two modes:
 
     bf16    y = round( bf16(sum) * alpha )      two roundings: a CPU's BF16 matmul returns BF16. Fast, and what the BF16
                                                 baseline beside it does
     fp32    y = round( fp32(sum) * alpha )      one rounding, with fp32 matmuls; for CPUs without BF16 arithmetic too
 
+An operand that BF16 cannot hold exactly (fp32 scales inside the sum, NF4) makes its GEMM fp32 in either mode.
+
 Left out so far: scaled_mm, Triton, accumulation models of the hardware.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +22,11 @@ from quant.fuse import run
 
 MODES = ("bf16", "fp32")
 
-# values [R, K] in the compute dtype, and the global scale [] still to be applied, or None
-Operand = tuple[Tensor, Tensor | None]
+
+class Operand(NamedTuple):
+    values: Tensor  # [R, K]: BF16 where that is exact or the compute dtype, else fp32
+    factor: Tensor | None = None  # fp32, [] or [R, 1]: what left the sum and is still to be applied
+    quantised: bool = True
 
 
 def pick_mode(wanted: str, device: torch.device) -> tuple[str, str]:
@@ -33,16 +40,25 @@ def pick_mode(wanted: str, device: torch.device) -> tuple[str, str]:
 
 def gemm(a: Operand, b: Operand, dtype: torch.dtype, mode: str) -> Tensor:
     """a [M, K], b [N, K] -> [M, N] in `dtype` (BF16 for activations and their gradients, fp32 for weight gradients)."""
-    (x, sx), (w, sw) = a, b
-    scales = [s for s in (sx, sw) if s is not None]
-    if not scales:
-        return linear(x, w).to(dtype)  # nothing is quantised: exactly what nn.Linear does
+    x, w = a.values, b.values
+    if not (a.quantised or b.quantised):
+        return linear(x, w).to(dtype)  # exactly what nn.Linear does
     if mode == "fp32" or x.dtype != w.dtype:  # (an operand that is not quantised in a run with an fp32 compute dtype)
         x, w = x.to(torch.float32), w.to(torch.float32)
     y = linear(x, w)
-    alpha = scales[0] if len(scales) == 1 else scales[0] * scales[1]
-    return run(_times, y, alpha, dtype=dtype)
+    # A factor of w's rows belongs to the columns of y.
+    factors = [a.factor, None if b.factor is None else b.factor.t()]
+    factors = [f for f in factors if f is not None]
+    if not factors:
+        return y.to(dtype)
+    if len(factors) == 2 and all(f.numel() > 1 for f in factors):  # row by column: no matrix of products is made
+        return run(_times_two, y, *factors, dtype=dtype)
+    return run(_times, y, factors[0] if len(factors) == 1 else factors[0] * factors[1], dtype=dtype)
 
 
 def _times(y, alpha, *, dtype):
     return (y.to(torch.float32) * alpha).to(dtype)
+
+
+def _times_two(y, rows, columns, *, dtype):
+    return (y.to(torch.float32) * (rows * columns)).to(dtype)

@@ -85,7 +85,7 @@ class Linear(nn.Linear):
 
     def use(self, q: QTensor) -> None:
         """Take these codes for fprop.w (and dgrad.w where W^T has the same ones) until the weight changes."""
-        self._cached("fprop.w", q.spec, lambda: decoded_values(q))
+        self._cached("fprop.w", q.spec, lambda: Operand(*decoded_values(q)))
 
     def check(self, tokens: int) -> None:
         """Raises ValueError if some operand cannot be cut into blocks with `tokens` rows of x."""
@@ -105,11 +105,11 @@ class Linear(nn.Linear):
     def _operand(self, operand: str, spec: QuantSpec | None, x: Tensor) -> Operand:
         """x [R, K], contraction last -> what gemm takes."""
         if spec is None:
-            return x, None
+            return Operand(x, None, False)
         keys = self._keys(operand, spec)
         if self.context.stats is not None:
             self._observe(operand, spec, x)
-        return quantized_values(x, spec, *keys)
+        return Operand(*quantized_values(x, spec, *keys))
 
     def _observe(self, operand: str, spec: QuantSpec, x: Tensor) -> None:
         keys = self._keys(operand, spec)
@@ -126,17 +126,17 @@ class Linear(nn.Linear):
         transpose = operand == "dgrad.w"
         if spec is None:
             w = self._copy(dtype).detach()
-            return (w.t() if transpose else w), None
+            return Operand(w.t() if transpose else w, None, False)
         if self.context.stats is not None:
             self._observe(operand, spec, self._source().t() if transpose else self._source())
         if spec.transposes:  # the codes of w^T are those of w, transposed: quantise once for both GEMMs
-            values, scale = self._cached("fprop.w", spec, lambda: self._operand_of_weight("fprop.w", spec))
-            return (values.t() if transpose else values), scale
+            found = self._cached("fprop.w", spec, lambda: self._operand_of_weight("fprop.w", spec))
+            return found._replace(values=found.values.t()) if transpose else found
         return self._cached(operand, spec, lambda: self._operand_of_weight(operand, spec))
 
     def _operand_of_weight(self, operand: str, spec: QuantSpec) -> Operand:
         w = self._source()
-        return quantized_values(w.t() if operand == "dgrad.w" else w, spec, *self._keys(operand, spec))
+        return Operand(*quantized_values(w.t() if operand == "dgrad.w" else w, spec, *self._keys(operand, spec)))
 
     def _copy(self, dtype: torch.dtype) -> Tensor:
         """The weight in the compute dtype; cached only where no gradient flows through the cast."""
@@ -192,9 +192,9 @@ class _Quantized(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             a = module._operand("wgrad.g", recipe.wgrad.g, g.t())
             if ctx.shape is None:
-                b = ctx.saved_tensors[0].t(), None
+                b = Operand(ctx.saved_tensors[0].t(), None, False)
             else:
-                b = decoded_values(QTensor(*ctx.saved_tensors, recipe.wgrad.x, ctx.shape))
+                b = Operand(*decoded_values(QTensor(*ctx.saved_tensors, recipe.wgrad.x, ctx.shape)))
             dw = gemm(a, b, torch.float32, mode)
         return dx, dw, None
 

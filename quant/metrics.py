@@ -10,8 +10,7 @@ y is the operand as the quantiser saw it, after any Hadamard transform.
 import torch
 from torch import Tensor
 
-from quant.formats import FORMATS
-from quant.qtensor import QTensor, to_blocks
+from quant.qtensor import QTensor, spread
 
 STATS = ("sqnr_db", "relative_error", "underflow", "saturated", "scale_min", "scale_max", "nonfinite")
 
@@ -23,9 +22,10 @@ def operand_stats(y: Tensor, q: QTensor) -> Tensor:
     nonzero = y != 0
     count = nonzero.sum().clamp(min=1)
     noise = (y - value).square().sum()
-    scale = FORMATS[spec.scale.format].decode(q.scale_codes) * q.global_scale
-    top = scale[:, None, :, None] * FORMATS[spec.format].max
-    saturated = to_blocks(y.contiguous().abs(), spec.block, False) > top
+    scale = torch.ones((), device=y.device)
+    for part in q.scales():
+        scale = scale * spread(part, *y.shape)
+    saturated = y.abs() > scale * spec.element.max
     return torch.stack(
         [
             10 * torch.log10(y.square().sum() / noise),

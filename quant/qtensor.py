@@ -2,7 +2,7 @@
 
     value[r, k] = fl(fl(code[r, k] * scale[r / b0, k / b1]) * global_scale)        all three are decode factors
 
-Codes of 4 bits share a byte, even index along the contraction in the low nibble; wider ones take a byte each. The same
+Codes of up to 4 bits share a byte, even index along the contraction in the low nibble; wider ones take a byte or two. The same
 packed tensors serve GEMMs, the activations kept for backward, and checkpoints. It is not a tensor subclass: nothing of
 it can reach a checkpoint but the tensors themselves.
 
@@ -12,11 +12,13 @@ is in memory: `Layout` is the matrix as it lies there, cut into blocks, and ever
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from quant.formats import FORMATS
+from quant.formats import FORMATS, code_dtype
+from quant.scaling import decode_scale
 from quant.spec import QuantSpec, Scale
 
 
@@ -41,9 +43,9 @@ def to_blocks(m: Tensor, block: tuple[int, int], transposed: bool) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int, axis: int) -> Tensor:
-    """int codes -> uint8, two of 4 bits to a byte along `axis`."""
+    """int codes -> uint8, two of up to 4 bits to a byte along `axis`; uint16 or int32 for wider ones."""
     if bits > 4:
-        return codes.to(torch.uint8)
+        return codes.to(code_dtype(bits))
     low, high = codes.unflatten(axis, (-1, 2)).unbind(axis + 1)
     return (low | high << 4).to(torch.uint8)
 
@@ -59,6 +61,13 @@ def join(parts: Sequence[Tensor], axis: int) -> Tensor:
     return torch.stack(tuple(parts), axis + 1).flatten(axis, axis + 1)
 
 
+def spread(scale: Tensor, rows: int, k: int) -> Tensor:
+    """A scale [], or [R / b0, K / b1] of blocks of any size, as one for each element, [R, K]."""
+    if scale.ndim == 0:
+        return scale
+    return scale.repeat_interleave(rows // scale.shape[0], 0).repeat_interleave(k // scale.shape[1], 1)
+
+
 def contraction_axis(transposed: bool) -> int:
     """Which axis of blocks [P / p, p, Q / q, q] runs along the contraction inside a block."""
     return 1 if transposed else 3
@@ -66,47 +75,63 @@ def contraction_axis(transposed: bool) -> int:
 
 @dataclass
 class QTensor:
-    """packed_codes uint8 [R, K / 2 or K], scale_codes uint8 [R / b0, K / b1], global_scale fp32 [], all with the
-    contraction last (views, where the operand was a transposed view); shape [..., K] of the operand."""
+    """packed_codes uint8 [R, K / 2 or K] (uint16 or int32 for formats above 8 or 16 bits), scale_codes [R / b0, K / b1] (uint8,
+    uint16 for bf16, fp32 itself), global_scale fp32 [], [R / b0, 1] or [R / b0, K / N]; the last two None where there are
+    none. The contraction is last (in views, where the operand was a transposed view); shape [..., K] of the operand."""
 
     packed_codes: Tensor
-    scale_codes: Tensor
-    global_scale: Tensor
+    scale_codes: Tensor | None
+    global_scale: Tensor | None
     spec: QuantSpec
     shape: tuple[int, ...]
 
     def packed(self) -> Tensor:
-        """uint8 [..., K / 2] (two codes a byte, even index low) or [..., K]."""
+        """uint8 [..., K / 2] (two codes a byte, even index low) or [..., K] (uint16, int32 for wide formats)."""
         return self.packed_codes.reshape(*self.shape[:-1], -1)
 
     def codes(self) -> Tensor:
-        """uint8 [..., K], one code each: sign, exponent, mantissa from the top bit down."""
-        return join(split(self.packed_codes, FORMATS[self.spec.format].bits), 1).to(torch.uint8).reshape(self.shape)
+        """uint8 [..., K] (uint16, int32 for wide formats), one code each: sign, exponent, mantissa from the top bit down."""
+        bits = self.spec.element.bits
+        return join(split(self.packed_codes, bits), 1).to(code_dtype(bits)).reshape(self.shape)
 
     @property
-    def scale(self) -> Tensor:
-        """Decode scale of each block, [R / b0, K / b1], in the scale's own torch dtype."""
-        return self.scale_codes.view(FORMATS[self.spec.scale.format].torch_dtype)
+    def rows_and_k(self) -> tuple[int, int]:
+        return prod(self.shape[:-1]), self.shape[-1]
+
+    @property
+    def scale(self) -> Tensor | None:
+        """Decode scale of each block, [R / b0, K / b1], in the scale's own torch dtype; codes where there is no such dtype
+        (uint8: of e8m0 the biased exponents)."""
+        dtype = None if self.scale_codes.dtype == torch.float32 else FORMATS[self.spec.scale.format].torch_dtype
+        return self.scale_codes if dtype is None else self.scale_codes.view(dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[..., K]: fl(fl(code * scale) * global_scale), in the rotated basis if the spec has a Hadamard transform."""
-        codes = FORMATS[self.spec.format].decode(self.codes().reshape(-1, self.shape[-1]))
-        scale = FORMATS[self.spec.scale.format].decode(self.scale_codes)
-        values = to_blocks(codes, self.spec.block, False) * scale[:, None, :, None] * self.global_scale
+        values = self.spec.element.decode(self.codes()).reshape(self.rows_and_k)
+        for part in self.scales():
+            values = values * spread(part, *self.rows_and_k)
         return values.reshape(self.shape).to(dtype)
 
+    def scales(self) -> list[Tensor]:
+        """The decode scales there are, fp32, as stored: [R / b0, K / b1], then the global one."""
+        found = [] if self.scale_codes is None else [decode_scale(self.scale_codes, self.spec.scale)]
+        return found + [self.global_scale] * (self.global_scale is not None)
+
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.packed_codes, self.scale_codes, self.global_scale))
+        return sum(t.numel() * t.element_size() for t in self._parts().values())
+
+    def _parts(self) -> dict[str, Tensor]:
+        parts = {"codes": self.packed_codes, "scale": self.scale_codes, "global_scale": self.global_scale}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def state(self, name: str) -> tuple[dict[str, Tensor], dict]:
         """(tensors `name.codes`, `name.scale`, `name.global_scale`; a JSON-able description) for a checkpoint."""
-        tensors = {"codes": self.packed_codes, "scale": self.scale_codes, "global_scale": self.global_scale}
         description = {"spec": asdict(self.spec), "shape": list(self.shape)}
-        return {f"{name}.{k}": t.contiguous() for k, t in tensors.items()}, description
+        return {f"{name}.{k}": t.contiguous() for k, t in self._parts().items()}, description
 
     @classmethod
     def from_state(cls, name: str, tensors: dict[str, Tensor], description: dict) -> "QTensor":
         spec = dict(description["spec"])
         spec = QuantSpec(**{**spec, "scale": Scale(**spec["scale"]), "block": tuple(spec["block"])})
-        parts = (tensors[f"{name}.{k}"] for k in ("codes", "scale", "global_scale"))
+        parts = (tensors.get(f"{name}.{k}") for k in ("codes", "scale", "global_scale"))
         return cls(*parts, spec, tuple(description["shape"]))

@@ -1,7 +1,7 @@
 """quantize(x, spec) -> QTensor: the reference semantics of quantising one operand, in plain torch.
 
-    y = hadamard(x) if the spec says so          bmax = max |y| over each block, amax = max bmax
-    scale, enc = scales(bmax, amax)              code = round(fl(y * enc)), saturating
+    y = hadamard(x) if the spec says so          a = statistic of y over each block
+    scale, enc = scales(a)                       code = round(fl(y * enc)), saturating
 
 Every step is fp32 arithmetic with a stated order, so eager and compiled, CPU and GPU give the same bits. The steps are
 the units below, each of which may run as one fused loop (quant/fuse.py). They are cut where a tensor should be in
@@ -18,7 +18,7 @@ from quant.fuse import run
 from quant.qtensor import QTensor, contraction_axis, in_memory, join, logical, pack, split, to_blocks
 from quant.random import Key, random_ints
 from quant.rounding import random_bits
-from quant.scaling import FLT_MAX, block_scale, tensor_scale
+from quant.scaling import FLT_MAX, block_scales, decode_scale, repeat, scale_dtype, statistic
 from quant.spec import QuantSpec
 from quant.transform import hadamard, signs
 
@@ -29,17 +29,15 @@ def _rotate(tiles, s, *, size):
     return hadamard(tiles, s)  # `size`, the middle axis, is a constant so that each size compiles by itself
 
 
-def _scales(blocks, *, format, scale):
-    """-> scale codes uint8, encode factors fp32 and decoded scales fp32, all [P / p, 1, Q / q, 1]; global scale []."""
-    bmax = blocks.abs().amax((1, 3), keepdim=True).to(torch.float32)
-    s_enc, s_dec = tensor_scale(bmax.amax(), format, scale)
-    codes, enc = block_scale(bmax, s_enc, s_dec, format, scale)
-    return codes.to(torch.uint8), enc, FORMATS[scale.format].decode(codes), s_dec
+def _scales(blocks, *, spec, axis):
+    """-> scale codes, encode factors fp32 and decoded scales fp32, all [P / p, 1, Q / q, 1]; outer scale, see block_scales."""
+    codes, enc, decoded, outer = block_scales(statistic(blocks, spec.scale), spec, axis - 1)
+    return codes.to(scale_dtype(spec.scale)), enc, decoded, outer
 
 
 def _scaled(blocks, enc):
     """y * enc, finite where y and enc are (enc is FLT_MAX for a block whose scale rounds to 0)."""
-    return (blocks.to(torch.float32) * enc).clamp(-FLT_MAX, FLT_MAX)
+    return blocks.to(torch.float32) if enc is None else (blocks.to(torch.float32) * enc).clamp(-FLT_MAX, FLT_MAX)
 
 
 def _pack(blocks, enc, noise, *, spec, axis):
@@ -47,16 +45,29 @@ def _pack(blocks, enc, noise, *, spec, axis):
     return pack(element.encode(_scaled(blocks, enc), spec.rounding, noise), element.bits, axis)
 
 
-def _values(blocks, enc, decoded, noise, *, spec):
-    """-> BF16 code * scale, without the detour through codes. For E2M1 (2 significant bits) and E4M3 (4) the product is
-    exact in BF16 (8), so the GEMM's operand is the quantised value itself, but for the global scale."""
-    return (FORMATS[spec.format].round(_scaled(blocks, enc), spec.rounding, noise) * decoded).to(torch.bfloat16)
+def _values(blocks, enc, decoded, outer, noise, *, spec, axis):
+    """-> what a GEMM multiplies (`_product`), without the detour through codes."""
+    x = _scaled(blocks, enc)
+    codes = FORMATS[spec.format].round(x, spec.rounding, noise)
+    if decoded is None:  # unscaled: what is not finite has no other place
+        codes = torch.where(x.isfinite(), codes, torch.nan)
+    return _product(codes, decoded, outer, spec, axis)
 
 
-def _decode(packed, scale, *, spec, axis):
-    """-> BF16 code * scale of packed codes. (Joined as BF16: three times as fast as joining the codes.)"""
-    element, scale = FORMATS[spec.format], FORMATS[spec.scale.format].decode(scale)
-    return join([(element.decode(codes) * scale).to(torch.bfloat16) for codes in split(packed, element.bits)], axis)
+def _decode(packed, scale, outer, *, spec, axis):
+    """-> what a GEMM multiplies, of packed codes. (Joined as BF16: three times as fast as joining the codes.)"""
+    element, decoded = FORMATS[spec.format], None if scale is None else decode_scale(scale, spec.scale)
+    return join([_product(element.decode(codes), decoded, outer, spec, axis) for codes in split(packed, element.bits)], axis)
+
+
+def _product(codes, decoded, outer, spec, axis):
+    """code * scale, but for what leaves the sum as a factor: the scale of a tensor or of rows. BF16 where that is exact:
+    E2M1 has 2 significant bits, E4M3 4, so their product is one of BF16's 8."""
+    if decoded is not None:
+        codes = torch.where(decoded == decoded, codes, torch.nan) if spec.leaves else codes * decoded
+    if outer is not None and spec.scale.group:
+        codes = codes * repeat(outer, axis - 1, spec.scale.group // spec.block[1])
+    return codes.to(torch.bfloat16 if spec.exact else torch.float32)
 
 
 def _noise(rows, k, words, *, spec, axis):
@@ -96,11 +107,12 @@ def _prepare(x: Tensor, spec: QuantSpec, key: Key | None, sign_key: Key | None):
         raise ValueError(f"{spec.short()} draws random bits: pass key=quant.random.Key(seed, ...)")
     m, transposed = in_memory(rotated(x, spec, sign_key or (key and key.at(use=key.use + 16))))
     axis = contraction_axis(transposed)
-    blocks = to_blocks(m, spec.block, transposed)
+    blocks = to_blocks(m, spec.blocks_of(*x.shape), transposed)
     noise = None
     if spec.stochastic:
         noise = run(_noise, *x.shape, key.words(x.device), spec=spec, axis=axis).view(blocks.shape)
-    return blocks, noise, run(_scales, blocks, format=spec.format, scale=spec.scale), transposed, axis
+    scales = (None,) * 4 if spec.scale.format == "none" else run(_scales, blocks, spec=spec, axis=axis)
+    return blocks, noise, scales, transposed, axis
 
 
 def quantize(x: Tensor, spec: QuantSpec, key: Key | None = None, sign_key: Key | None = None) -> QTensor:
@@ -108,31 +120,50 @@ def quantize(x: Tensor, spec: QuantSpec, key: Key | None = None, sign_key: Key |
 
     x: fp32, BF16 or FP16, any strides. key: where randomness is used, needed by stochastic rounding and fresh signs;
     sign_key: the one both operands of a GEMM share for fresh signs (default: the key with use + 16).
-    A non-finite element makes the whole tensor NaN, since a tensor scale spans it.
+    A non-finite element makes its block NaN, or all that an outer scale spans; unscaled, only itself.
     Raises ValueError if x cannot be cut into blocks, or a key is missing.
-    Source: arXiv:2509.25149 section 2.
+    Source: arXiv:2509.25149 section 2; OCP MX v1.0.
     """
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    blocks, noise, (codes, enc, _, global_scale), transposed, axis = _prepare(rows, spec, key, sign_key)
+    blocks, noise, (codes, enc, _, outer), transposed, axis = _prepare(rows, spec, key, sign_key)
     packed = run(_pack, blocks, enc, noise, spec=spec, axis=axis).flatten(2, 3).flatten(0, 1)
-    scale = codes.view(codes.shape[0], codes.shape[2])
-    return QTensor(logical(packed, transposed), logical(scale, transposed), global_scale, spec, tuple(x.shape))
+    scale, outer = (
+        part if part is None or part.ndim == 0 else logical(part.view(part.shape[0], part.shape[2]), transposed)
+        for part in (codes, outer)
+    )
+    return QTensor(logical(packed, transposed), scale, outer, spec, tuple(x.shape))
 
 
 def quantized_values(x: Tensor, spec: QuantSpec, key: Key | None = None, sign_key: Key | None = None):
-    """As `quantize`, for x [R, K]: (BF16 code * scale [R, K], global scale []), bit-equal to decoding its QTensor."""
-    blocks, noise, (_, enc, decoded, global_scale), transposed, axis = _prepare(x, spec, key, sign_key)
-    values = run(_values, blocks, enc, decoded, noise, spec=spec)
-    return logical(values.flatten(2, 3).flatten(0, 1), transposed), global_scale
+    """As `quantize`, for x [R, K]: (code * scale [R, K], what leaves the sum as a factor: fp32 [] or [R, 1], or None).
+    BF16 where that is exact, else fp32; bit-equal to decoding its QTensor."""
+    blocks, noise, (_, enc, decoded, outer), transposed, axis = _prepare(x, spec, key, sign_key)
+    values = run(_values, blocks, enc, decoded, outer, noise, spec=spec, axis=axis)
+    return logical(values.flatten(2, 3).flatten(0, 1), transposed), _factor(decoded, outer, spec, x.shape[0])
 
 
-def decoded_values(q: QTensor) -> tuple[Tensor, Tensor]:
-    """(BF16 code * scale [R, K], global scale []) of a QTensor."""
+def decoded_values(q: QTensor) -> tuple[Tensor, Tensor | None]:
+    """`quantized_values` of a QTensor."""
     packed, transposed = in_memory(q.packed_codes)
     axis = contraction_axis(transposed)
-    b0, b1 = q.spec.block
-    per_byte = 2 if FORMATS[q.spec.format].bits <= 4 else 1
-    blocks = to_blocks(packed, (b0, b1 // per_byte), transposed)
-    scale = q.scale_codes.t() if transposed else q.scale_codes
-    values = run(_decode, blocks, scale[:, None, :, None], spec=q.spec, axis=axis)
-    return logical(values.flatten(2, 3).flatten(0, 1), transposed), q.global_scale
+    rows, k = q.rows_and_k
+    b0, b1 = q.spec.blocks_of(rows, k)
+    blocks = to_blocks(packed, (b0, b1 * packed.numel() // (rows * k)), transposed)
+    scale, outer = (
+        part if part is None or part.ndim == 0 else (part.t() if transposed else part)[:, None, :, None]
+        for part in (q.scale_codes, q.global_scale)
+    )
+    values = run(_decode, blocks, scale, outer, spec=q.spec, axis=axis)
+    decoded = decode_scale(scale, q.spec.scale) if q.spec.leaves else None
+    return logical(values.flatten(2, 3).flatten(0, 1), transposed), _factor(decoded, outer, q.spec, rows)
+
+
+def _factor(decoded: Tensor | None, outer: Tensor | None, spec: QuantSpec, rows: int) -> Tensor | None:
+    """What leaves the sum of a GEMM: fp32 [], or [R, 1], or None if nothing does."""
+    parts = [decoded] * spec.leaves + [outer] * (outer is not None and not spec.scale.group)
+    if not parts:
+        return None
+    factor = parts[0] if len(parts) == 1 else parts[0] * parts[1]
+    if factor.numel() == 1:
+        return factor.reshape(())
+    return repeat(factor.reshape(-1, 1), 0, rows // factor.numel())
