@@ -20,7 +20,7 @@ ready := .venv/.ready-$(DEVICE)
 groups = $(py) -c 'import sys, tomllib; table = tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]; \
 	print(*(line for name in sys.argv[1:] for line in table[name]), sep="\n")'
 
-.PHONY: help setup data train eval test test-all lint resolve clean run-given config-exists
+.PHONY: help setup data train eval test test-all bench lint resolve clean run-given config-exists
 .DEFAULT_GOAL := help
 
 help: ## this table
@@ -42,6 +42,9 @@ test: $(ready) ## run the tests, without the slow ones [ARGS="-k words"]
 
 test-all: $(ready) ## run the tests, with the slow ones
 	$(py) -m pytest -m '' $(ARGS)
+
+bench: $(ready) ## time the quantiser and a Linear, as ratios within one run [ARGS="--size 4096"]
+	$(py) bench.py $(ARGS)
 
 lint: $(ready) ## ruff
 	$(py) -m ruff check

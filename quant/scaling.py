@@ -26,7 +26,7 @@ its elements saturate, and decode to 0 through the scale. A non-finite a makes i
 scale below that: nothing is laundered (TransformerEngine keeps a finite value, and its MXFP8 loses the NaN of a block).
 """
 
-import struct
+import math
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ def statistic(blocks: Tensor, scale: Scale) -> Tensor:
 
 def power_of_two(a: Tensor, T: float, up: bool) -> Tensor:
     """fp32 a >= 0 -> int32 E8M0 codes of 2^floor(log2(a / T)), or ceil if `up`, within 2^-127 ... 2^127; NaN for NaN, Inf."""
-    pattern = struct.unpack("i", struct.pack("f", T))[0]
+    significand, exponent = math.frexp(T)  # 0.5 <= significand < 1
+    pattern = ((exponent + 126) << 23) + round((2 * significand - 1) * 2**23)
     small = a < 2.0**-126  # a subnormal pattern is not of the form exponent, mantissa
     bits = torch.where(small, a * 2.0**64, a).view(torch.int32)
     code = (bits - (pattern - (0x7FFFFF if up else 0))) >> 23

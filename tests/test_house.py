@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 # A floor imports only from lower ones, packages also from themselves.
 FLOORS = {
-    "train": 6, "evaluate": 6, "plan": 6, "studies": 6,
+    "train": 6, "evaluate": 6, "bench": 6, "plan": 6, "studies": 6,
     "run": 5,
     "checkpoint": 4,
     "configs": 3,
