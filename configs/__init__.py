@@ -29,10 +29,11 @@ from pydantic.dataclasses import dataclass
 
 from data import DataConfig
 from model import GPT, ModelConfig
-from quant import QuantSpec, Recipe, Rule, attach
+from quant import Recipe, Rule, attach
 from quant.linear import Context, linears
 from quant.policy import assign, switches
-from quant.spec import OPERANDS
+from quant.recipe import OPERANDS
+from quant.spec import KINDS, Spec
 
 frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
@@ -98,7 +99,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    specs: dict[str, QuantSpec] = Field(default_factory=dict)
+    specs: dict[str, Spec] = Field(default_factory=dict)
     recipes: dict[str, Recipe] = Field(default_factory=dict)
     policy: tuple[Rule, ...] = (Rule(recipe="bf16"),)
     source: str = ""  # the file, for messages and names; set by `load`, no key
@@ -203,13 +204,21 @@ def _plain(content: dict) -> dict:
 
 
 def _spec_places(raw: dict) -> Iterator[tuple[dict, str, str]]:
-    """(table, key, key path) of everything that stands for a QuantSpec."""
+    """(table or list, key, key path) of everything that stands for a QuantSpec or a Choice, candidates before it."""
+
+    def places(table: dict, path: str) -> Iterator[tuple[Any, Any, str]]:
+        for key, value in table.items():
+            candidates = value.get("candidates") if isinstance(value, dict) else None
+            for i in range(len(candidates) if isinstance(candidates, list) else 0):
+                yield candidates, i, f"{path}.{key}.candidates.{i + 1}"
+            yield table, key, f"{path}.{key}"
+
     specs, recipes = (raw[k] if isinstance(raw.get(k), dict) else {} for k in ("specs", "recipes"))
-    yield from ((specs, name, f"specs.{name}") for name in specs)
+    yield from places(specs, "specs")
     for name, recipe in recipes.items():
         for gemm, operands in recipe.items() if isinstance(recipe, dict) else ():
-            for operand in operands if isinstance(operands, dict) else ():
-                yield operands, operand, f"recipes.{name}.{gemm}.{operand}"
+            if isinstance(operands, dict):
+                yield from places(operands, f"recipes.{name}.{gemm}")
 
 
 def _override(raw: dict, text: str) -> dict:
@@ -258,7 +267,7 @@ def _parse(raw: dict) -> tuple[Config | None, dict[str, str]]:
     specs = raw.get("specs", {})
 
     def spec(value: Any, place: str, seen: tuple = ()) -> Any:
-        """`value` with the spec that it is `like` put in."""
+        """`value` with the spec that it is `like` put in, and so with the candidates of a Choice."""
         if not isinstance(value, dict) or "like" not in value:
             return value
         name, rest = value["like"], {k: v for k, v in value.items() if k != "like"}
@@ -297,13 +306,15 @@ def _near(word: Any, choices: Iterable, otherwise: bool = True) -> str:
 
 def _explain(error: Any) -> tuple[str, str]:
     """One of pydantic's errors as "key path: what", and the hint. Policy rules count from 1, as in quant/policy.py."""
-    path, kind, got = list(map(str, error["loc"])), error["type"], error["input"]
+    place, kind, got = list(map(str, error["loc"])), error["type"], error["input"]
+    path = [part for part in place if part not in KINDS]
+    path = [str(int(part) + 1) if last == "candidates" else part for last, part in zip(["", *path], path, strict=False)]
     if path[:1] == ["policy"] and len(path) > 1:
         key = ": ".join([f"policy rule {int(path[1]) + 1}", *path[2:]])
     else:
         key = ".".join(path)
     if kind == "unexpected_keyword_argument":
-        return f"{key}: unknown key {path[-1]!r}", _near(path[-1], _valid_keys(path[:-1]))
+        return f"{key}: unknown key {path[-1]!r}", _near(path[-1], _valid_keys(place[:-1]))
     if kind == "missing":
         return f"{key}: this key is required", ""
     message = error["msg"].removeprefix("Value error, ")
@@ -319,10 +330,12 @@ def _valid_keys(path: list[str]) -> list[str]:
     """The keys of the dataclass that lies at `path` in Config."""
     kind: Any = Config
     for part in path:
-        if is_dataclass(kind):
+        if part in KINDS:
+            kind = KINDS[part]
+        elif is_dataclass(kind):
             kind = next(f.type for f in fields(kind) if f.name == part)
         else:  # dict[str, X] or tuple[X, ...]: the part is a name or a number
-            kind = next(a for a in get_args(kind) if is_dataclass(a))
+            kind = next(a for a in get_args(kind) if a not in (str, ...))
         if type(None) in get_args(kind):
             kind = get_args(kind)[0]
     return [f.name for f in fields(kind) if (kind, f.name) != (Config, "source")]

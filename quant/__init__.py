@@ -1,7 +1,8 @@
 """Quantisation as data: formats, specs, recipes, and the reference semantics in plain torch.
 
 Modules import in one direction:
-formats, random, fuse < spec < scaling, transform < qtensor, quantize < metrics < gemm < linear < policy.
+rounding, random, fuse < codebooks < formats < spec < recipe, scaling, transform < qtensor < quantize < metrics < gemm
+< linear < policy.
 """
 
 import warnings
@@ -13,10 +14,12 @@ from quant.linear import Context, Linear, attach
 from quant.policy import assign
 from quant.qtensor import QTensor
 from quant.quantize import quantize
-from quant.spec import QuantSpec, Recipe, Rule, Scale
+from quant.recipe import Recipe, Rule
+from quant.spec import Choice, QuantSpec, Scale
 
 __all__ = [
     "FORMATS",
+    "Choice",
     "Context",
     "Linear",
     "QTensor",

@@ -1,4 +1,4 @@
-"""Formats given as a table of values: NF4 and posits.
+"""Formats given as a table of values: NF4, posits and the integers of IF4.
 
     code -> values[code]          x -> the code between whose two edges it lies: edges[i] < x < edges[i + 1], codes by value
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from quant.random import constants
 from quant.rounding import random_bits
 
 
@@ -48,6 +49,7 @@ class Codebook:
         edges = self.edges or tuple((a + b) / 2 for a, b in zip(values, values[1:], strict=False))
         even = [code % 2 == 0 for code in codes[1:]]
         away = [edge > 0 or (edge == 0 and up) for edge, up in zip(edges, even, strict=True)]
+        inward = [edge < 0 or (edge == 0 and up) for edge, up in zip(edges, even, strict=True)]
         derived = {
             "bits": (len(self.table) - 1).bit_length(),
             "max": values[-1],
@@ -57,7 +59,7 @@ class Codebook:
             "ascending": values,
             "codes": codes,
             "edges": edges,
-            "first": {"nearest": _first_above(edges, even), "away": _first_above(edges, away)},
+            "first": {name: _first_above(edges, up) for name, up in (("nearest", even), ("away", away), ("inward", inward))},
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -68,13 +70,9 @@ class Codebook:
 
     def _place(self, x: Tensor, rounding: str, random: Tensor | None) -> Tensor:
         """fp32 [...] -> the place of its value in `ascending`, int64 [...]."""
-
-        def tensor(values) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=x.device)
-
-        if rounding in ("nearest", "away"):
-            return torch.bucketize(x.contiguous(), tensor(self.first[rounding]), right=True)
-        values, last = tensor(self.ascending), len(self.ascending) - 1
+        if rounding in self.first:
+            return torch.bucketize(x.contiguous(), constants(self.first[rounding], torch.float32, x.device), right=True)
+        values, last = constants(self.ascending, torch.float32, x.device), len(self.ascending) - 1
         below = (torch.bucketize(x.contiguous(), values, right=True) - 1).clamp(0, last)
         above = (below + 1).clamp(max=last)
         inside = (x > values[below]) & (x < values[above])
@@ -89,18 +87,18 @@ class Codebook:
 
     def encode(self, x: Tensor, rounding: str = "nearest", random: Tensor | None = None) -> Tensor:
         """fp32 [...] -> int32 codes [...]; saturates; NaN and Inf give `nan_code`, or that of `max` where there is none."""
-        codes = torch.tensor(self.codes, dtype=torch.int32, device=x.device)
+        codes = constants(self.codes, torch.int32, x.device)
         code = codes[self._place(torch.where(x == x, x, 0.0), rounding, random)]
         return torch.where(x.isfinite(), code, self.codes[-1] if self.nan_code is None else self.nan_code)
 
     def round(self, x: Tensor, rounding: str = "nearest", random: Tensor | None = None) -> Tensor:
         """fp32 [...] -> fp32 values: decode(encode(x)), except that NaN stays NaN and Inf saturates."""
-        values = torch.tensor(self.ascending, dtype=torch.float32, device=x.device)
+        values = constants(self.ascending, torch.float32, x.device)
         return torch.where(x == x, values[self._place(torch.where(x == x, x, 0.0), rounding, random)], x)
 
     def decode(self, code: Tensor) -> Tensor:
         """int codes [...] -> fp32 values [...]."""
-        return torch.tensor(self.table, dtype=torch.float32, device=code.device)[code.to(torch.int64)]
+        return constants(self.table, torch.float32, code.device)[code.to(torch.int64)]
 
     def values(self) -> Tensor:
         """fp32 [2^bits]: the value of every code."""
@@ -157,3 +155,6 @@ NF4 = Codebook(
      -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )  # fmt: skip
+
+# int4 stretched to E2M1's largest value, k * 6 / 7, so that both can stand under one block scale (arXiv:2603.28765).
+INT4_6 = Codebook("int4-6", tuple(math.nan if k == 8 else (k - 16 * (k > 8)) * 6 / 7 for k in range(16)))

@@ -19,15 +19,17 @@ A format that is a table of values instead is in codebooks.py, with the same met
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from quant.codebooks import NF4, Codebook, posit
+from quant.codebooks import INT4_6, NF4, Codebook, posit
 from quant.rounding import round_quanta
 
 FLOAT32_EXPONENT = 0x7F800000  # the exponent field of an fp32 bit pattern
+FLT_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -215,12 +217,38 @@ NAMED: dict[str, Format | Codebook] = {
         Format("bf16", 8, 7, torch_dtype=torch.bfloat16),
         *map(_integer, (4, 8, 16)),
         NF4,
+        INT4_6,
         *(posit(8, es) for es in (0, 1, 2)),  # arXiv:2105.00053
     )
 }
-# ... and by name every other integer, int2 to int16, and every other float, finite throughout, e1m0 to e8m10.
-_UNNAMED = (*map(_integer, range(2, 17)), *(Format(f"e{E}m{M}", E, M) for E in range(1, 9) for M in range(11)))
-FORMATS = {f.name: f for f in _UNNAMED} | NAMED
+
+
+class Formats(dict[str, Format | Codebook]):
+    """NAMED, and every other integer (int2 to int16) and float (e1m0 to e8m10) by its name, finite throughout:
+    [u]eXmY[bB], unsigned and with a bias of its own if it says so (FFP8, arXiv:2104.07329). A float whose numbers are not
+    all numbers of fp32 is in no table."""
+
+    def __missing__(self, name: str) -> Format:
+        if found := re.fullmatch(r"int([2-9]|1[0-6])", name):
+            self[name] = _integer(int(found[1]))
+        elif found := re.fullmatch(r"(u?)e([1-8])m(\d|10)(?:b(0|-?[1-9]\d{0,2}))?", name):
+            unsigned, E, M, bias = found.groups()
+            fmt = Format(name, int(E), int(M), None if bias is None else int(bias), signed=not unsigned)
+            if fmt.emin < -126 or fmt.max > FLT_MAX:
+                raise KeyError(name)
+            self[name] = fmt
+        else:
+            raise KeyError(name)
+        return self[name]
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            return self[name] is not None
+        except (KeyError, TypeError):
+            return False
+
+
+FORMATS = Formats(NAMED)
 
 
 def table() -> str:

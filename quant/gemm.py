@@ -28,6 +28,10 @@ class Operand(NamedTuple):
     factor: Tensor | None = None  # fp32, [] or [R, 1]: what left the sum and is still to be applied
     quantised: bool = True
 
+    def dense(self) -> Tensor:
+        """fp32 [R, K]: fl(values * factor)."""
+        return self.values.to(torch.float32) if self.factor is None else run(_times, *self[:2], dtype=torch.float32)
+
 
 def pick_mode(wanted: str, device: torch.device) -> tuple[str, str]:
     """ "auto" or one of MODES -> (mode, one line that says which and why)."""
@@ -47,18 +51,11 @@ def gemm(a: Operand, b: Operand, dtype: torch.dtype, mode: str) -> Tensor:
         x, w = x.to(torch.float32), w.to(torch.float32)
     y = linear(x, w)
     # A factor of w's rows belongs to the columns of y.
-    factors = [a.factor, None if b.factor is None else b.factor.t()]
-    factors = [f for f in factors if f is not None]
-    if not factors:
-        return y.to(dtype)
-    if len(factors) == 2 and all(f.numel() > 1 for f in factors):  # row by column: no matrix of products is made
-        return run(_times_two, y, *factors, dtype=dtype)
-    return run(_times, y, factors[0] if len(factors) == 1 else factors[0] * factors[1], dtype=dtype)
+    factors = [f for f in (a.factor, None if b.factor is None else b.factor.t()) if f is not None]
+    if len(factors) == 2 and any(f.ndim == 0 for f in factors):  # (row by column: no matrix of products is made)
+        factors = [factors[0] * factors[1]]
+    return run(_times, y, *factors, dtype=dtype) if factors else y.to(dtype)
 
 
-def _times(y, alpha, *, dtype):
-    return (y.to(torch.float32) * alpha).to(dtype)
-
-
-def _times_two(y, rows, columns, *, dtype):
-    return (y.to(torch.float32) * (rows * columns)).to(dtype)
+def _times(y, alpha, other=None, *, dtype):
+    return (y.to(torch.float32) * (alpha if other is None else alpha * other)).to(dtype)

@@ -10,7 +10,8 @@ y is the operand as the quantiser saw it, after any Hadamard transform.
 import torch
 from torch import Tensor
 
-from quant.qtensor import QTensor, spread
+from quant.qtensor import QTensor
+from quant.scaling import spread
 
 STATS = ("sqnr_db", "relative_error", "underflow", "saturated", "scale_min", "scale_max", "nonfinite")
 

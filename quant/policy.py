@@ -16,7 +16,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from quant.linear import linears
-from quant.spec import Recipe, Rule, known
+from quant.recipe import Recipe, Rule
+from quant.spec import known
 
 
 def _block(name: str) -> int | None:

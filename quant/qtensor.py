@@ -15,11 +15,14 @@ from dataclasses import asdict, dataclass
 from math import prod
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from quant.formats import FORMATS, code_dtype
-from quant.scaling import decode_scale
-from quant.spec import QuantSpec, Scale
+from quant.scaling import decode_outer, decode_scale, second, spread
+from quant.spec import Choice, QuantSpec, Spec
+
+_SPECS = TypeAdapter(Spec)
 
 
 def in_memory(x: Tensor) -> tuple[Tensor, bool]:
@@ -61,11 +64,10 @@ def join(parts: Sequence[Tensor], axis: int) -> Tensor:
     return torch.stack(tuple(parts), axis + 1).flatten(axis, axis + 1)
 
 
-def spread(scale: Tensor, rows: int, k: int) -> Tensor:
-    """A scale [], or [R / b0, K / b1] of blocks of any size, as one for each element, [R, K]."""
-    if scale.ndim == 0:
-        return scale
-    return scale.repeat_interleave(rows // scale.shape[0], 0).repeat_interleave(k // scale.shape[1], 1)
+def decode_elements(codes: Tensor, flag: Tensor | None, spec: QuantSpec | Choice) -> Tensor:
+    """int codes -> fp32 values; `flag` (`scaling.second`): where they are of the second of two element formats."""
+    values = spec.elements[0].decode(codes)
+    return values if flag is None else torch.where(flag, spec.elements[1].decode(codes), values)
 
 
 def contraction_axis(transposed: bool) -> int:
@@ -76,13 +78,14 @@ def contraction_axis(transposed: bool) -> int:
 @dataclass
 class QTensor:
     """packed_codes uint8 [R, K / 2 or K] (uint16 or int32 for formats above 8 or 16 bits), scale_codes [R / b0, K / b1] (uint8,
-    uint16 for bf16, fp32 itself), global_scale fp32 [], [R / b0, 1] or [R / b0, K / N]; the last two None where there are
-    none. The contraction is last (in views, where the operand was a transposed view); shape [..., K] of the operand."""
+    uint16 for bf16, fp32 itself), outer_codes (fp32, or uint8 of m8) [], [R / b0, 1] or [R / b0, K / N]; the last two None
+    where there are none. The contraction is last (in views, where the operand was a transposed view); shape [..., K] is the
+    operand's."""
 
     packed_codes: Tensor
     scale_codes: Tensor | None
-    global_scale: Tensor | None
-    spec: QuantSpec
+    outer_codes: Tensor | None
+    spec: QuantSpec | Choice
     shape: tuple[int, ...]
 
     def packed(self) -> Tensor:
@@ -101,27 +104,35 @@ class QTensor:
     @property
     def scale(self) -> Tensor | None:
         """Decode scale of each block, [R / b0, K / b1], in the scale's own torch dtype; codes where there is no such dtype
-        (uint8: of e8m0 the biased exponents)."""
-        dtype = None if self.scale_codes.dtype == torch.float32 else FORMATS[self.spec.scale.format].torch_dtype
-        return self.scale_codes if dtype is None else self.scale_codes.view(dtype)
+        (uint8: of e8m0 the biased exponents). None if unscaled. Under a Choice of two element formats a negative one means
+        that the block is of the second."""
+        fmt = FORMATS.get(self.spec.scale.format)
+        return self.scale_codes if fmt is None or fmt.torch_dtype is None else self.scale_codes.view(fmt.torch_dtype)
+
+    @property
+    def global_scale(self) -> Tensor | None:
+        """The outer decode scale, fp32 [], [R / b0, 1] or [R / b0, K / N], or None."""
+        return None if self.outer_codes is None else decode_outer(self.outer_codes, self.spec.scale)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[..., K]: fl(fl(code * scale) * global_scale), in the rotated basis if the spec has a Hadamard transform."""
-        values = self.spec.element.decode(self.codes()).reshape(self.rows_and_k)
+        flag = None if self.scale_codes is None else second(self.scale_codes, self.spec)
+        flag = None if flag is None else spread(flag, *self.rows_and_k)
+        values = decode_elements(self.codes().reshape(self.rows_and_k), flag, self.spec)
         for part in self.scales():
             values = values * spread(part, *self.rows_and_k)
         return values.reshape(self.shape).to(dtype)
 
     def scales(self) -> list[Tensor]:
         """The decode scales there are, fp32, as stored: [R / b0, K / b1], then the global one."""
-        found = [] if self.scale_codes is None else [decode_scale(self.scale_codes, self.spec.scale)]
+        found = [] if self.scale_codes is None else [decode_scale(self.scale_codes, self.spec)]
         return found + [self.global_scale] * (self.global_scale is not None)
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._parts().values())
 
     def _parts(self) -> dict[str, Tensor]:
-        parts = {"codes": self.packed_codes, "scale": self.scale_codes, "global_scale": self.global_scale}
+        parts = {"codes": self.packed_codes, "scale": self.scale_codes, "global_scale": self.outer_codes}
         return {name: part for name, part in parts.items() if part is not None}
 
     def state(self, name: str) -> tuple[dict[str, Tensor], dict]:
@@ -131,7 +142,6 @@ class QTensor:
 
     @classmethod
     def from_state(cls, name: str, tensors: dict[str, Tensor], description: dict) -> "QTensor":
-        spec = dict(description["spec"])
-        spec = QuantSpec(**{**spec, "scale": Scale(**spec["scale"]), "block": tuple(spec["block"])})
+        spec = _SPECS.validate_python(description["spec"])
         parts = (tensors.get(f"{name}.{k}") for k in ("codes", "scale", "global_scale"))
         return cls(*parts, spec, tuple(description["shape"]))

@@ -3,35 +3,40 @@
     y = hadamard(x) if the spec says so          a = statistic of y over each block
     scale, enc = scales(a)                       code = round(fl(y * enc)), saturating
 
+A Choice does that with each of its candidates, and keeps for each block the one whose values are the nearest to y.
+
 Every step is fp32 arithmetic with a stated order, so eager and compiled, CPU and GPU give the same bits. The steps are
 the units below, each of which may run as one fused loop (quant/fuse.py). They are cut where a tensor should be in
 memory: fused across the cut, the inverse scale of a block would be computed again for each of its elements.
 """
 
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quant.formats import FORMATS
+from quant.formats import FLT_MAX
 from quant.fuse import run
-from quant.qtensor import QTensor, contraction_axis, in_memory, join, logical, pack, split, to_blocks
+from quant.qtensor import QTensor, contraction_axis, decode_elements, in_memory, join, logical, pack, split, to_blocks
 from quant.random import Key, random_ints
 from quant.rounding import random_bits
-from quant.scaling import FLT_MAX, block_scales, decode_scale, repeat, scale_dtype, statistic
-from quant.spec import QuantSpec
+from quant.scaling import block_scales, decode_outer, decode_scale, eden, repeat, scale_dtype, second, stated_sum, statistic
+from quant.spec import Choice, QuantSpec
 from quant.transform import hadamard, signs
 
 # --- the units: tensors in their memory layout, blocks [P / p, p, Q / q, q]; `spec` and `axis` are constants ---
 
 
-def _rotate(tiles, s, *, size):
-    return hadamard(tiles, s)  # `size`, the middle axis, is a constant so that each size compiles by itself
+def _rotate(tiles, s, *, size, dtype):
+    return hadamard(tiles, s, dtype)  # `size`, the middle axis, is a constant so that each size compiles by itself
 
 
-def _scales(blocks, *, spec, axis):
+def _scales(blocks, held, noise, *, spec, axis):
     """-> scale codes, encode factors fp32 and decoded scales fp32, all [P / p, 1, Q / q, 1]; outer scale, see block_scales."""
-    codes, enc, decoded, outer = block_scales(statistic(blocks, spec.scale), spec, axis - 1)
+    codes, enc, decoded, outer = block_scales(statistic(blocks, spec.scale), spec, axis - 1, held, noise)
+    if spec.scale.macro:
+        outer = outer.to(torch.uint8)
     return codes.to(scale_dtype(spec.scale)), enc, decoded, outer
 
 
@@ -40,15 +45,44 @@ def _scaled(blocks, enc):
     return blocks.to(torch.float32) if enc is None else (blocks.to(torch.float32) * enc).clamp(-FLT_MAX, FLT_MAX)
 
 
-def _pack(blocks, enc, noise, *, spec, axis):
-    element = FORMATS[spec.format]
-    return pack(element.encode(_scaled(blocks, enc), spec.rounding, noise), element.bits, axis)
+def _corrected(blocks, enc, decoded, outer, noise, *, spec, axis):
+    """MS-EDEN's scales of the blocks -> (codes, decoded)."""
+    q = spec.element.round(_scaled(blocks, enc), spec.rounding) * decoded * _outer(outer, spec, axis)
+    codes, decoded = eden(blocks.to(torch.float32), q, decoded, spec, axis, noise)
+    return codes.to(scale_dtype(spec.scale)), decoded
 
 
-def _values(blocks, enc, decoded, outer, noise, *, spec, axis):
+def _error(blocks, enc, decoded, outer, noise, *, spec, axis, by):
+    """How far the values of each block are from y, [P / p, 1, Q / q, 1]."""
+    y = blocks.to(torch.float32)
+    error = (spec.element.round(_scaled(blocks, enc), spec.rounding, noise) * decoded * _outer(outer, spec, axis) - y).abs()
+    if by == "largest_error":
+        return error.amax((1, 3), keepdim=True)
+    return stated_sum(stated_sum(error * error if by == "squared_error" else error, 3), 1)
+
+
+def _pick(error, codes, enc, decoded, other_error, other_codes, other_enc, other_decoded, *, flag):
+    """The better of two candidates, block by block (the first unless the other is nearer), as `_error` and `_scales` gave
+    them; `flag` is added to the other's scale codes."""
+    better = other_error < error
+    codes = torch.where(better, other_codes.to(torch.int32) + flag, codes.to(torch.int32)).to(codes.dtype)
+    values = (torch.where(better, b, a) for a, b in ((error, other_error), (enc, other_enc), (decoded, other_decoded)))
+    error, enc, decoded = values
+    return error, codes, enc, decoded
+
+
+def _pack(blocks, enc, scale, noise, *, spec, axis):
+    x = _scaled(blocks, enc)
+    codes = [element.encode(x, spec.rounding, noise) for element in spec.elements]
+    codes = codes[0] if len(codes) == 1 else torch.where(second(scale, spec), codes[1], codes[0])
+    return pack(codes, spec.element.bits, axis)
+
+
+def _values(blocks, enc, scale, decoded, outer, noise, *, spec, axis):
     """-> what a GEMM multiplies (`_product`), without the detour through codes."""
     x = _scaled(blocks, enc)
-    codes = FORMATS[spec.format].round(x, spec.rounding, noise)
+    codes = [element.round(x, spec.rounding, noise) for element in spec.elements]
+    codes = codes[0] if len(codes) == 1 else torch.where(second(scale, spec), codes[1], codes[0])
     if decoded is None:  # unscaled: what is not finite has no other place
         codes = torch.where(x.isfinite(), codes, torch.nan)
     return _product(codes, decoded, outer, spec, axis)
@@ -56,8 +90,9 @@ def _values(blocks, enc, decoded, outer, noise, *, spec, axis):
 
 def _decode(packed, scale, outer, *, spec, axis):
     """-> what a GEMM multiplies, of packed codes. (Joined as BF16: three times as fast as joining the codes.)"""
-    element, decoded = FORMATS[spec.format], None if scale is None else decode_scale(scale, spec.scale)
-    return join([_product(element.decode(codes), decoded, outer, spec, axis) for codes in split(packed, element.bits)], axis)
+    decoded, flag = (None, None) if scale is None else (decode_scale(scale, spec), second(scale, spec))
+    parts = (decode_elements(codes, flag, spec) for codes in split(packed, spec.element.bits))
+    return join([_product(part, decoded, outer, spec, axis) for part in parts], axis)
 
 
 def _product(codes, decoded, outer, spec, axis):
@@ -65,22 +100,34 @@ def _product(codes, decoded, outer, spec, axis):
     E2M1 has 2 significant bits, E4M3 4, so their product is one of BF16's 8."""
     if decoded is not None:
         codes = torch.where(decoded == decoded, codes, torch.nan) if spec.leaves else codes * decoded
-    if outer is not None and spec.scale.group:
-        codes = codes * repeat(outer, axis - 1, spec.scale.group // spec.block[1])
+    if spec.scale.group:
+        codes = codes * _outer(outer, spec, axis)
     return codes.to(torch.bfloat16 if spec.exact else torch.float32)
 
 
-def _noise(rows, k, words, *, spec, axis):
-    return random_ints(rows, k, random_bits(spec.rounding), words, transposed=axis == 1)
+def _outer(outer, spec, axis):
+    """An outer decode scale as something to multiply blocks with."""
+    if outer is None:
+        return 1.0
+    outer = decode_outer(outer, spec.scale)
+    return repeat(outer, axis - 1, spec.scale.group // spec.block[1]) if spec.scale.group else outer
+
+
+def _noise(rows, k, words, *, bits, axis):
+    return random_ints(rows, k, bits, words, transposed=axis == 1)
 
 
 _noise.wide = True  # integers only
 
 
+def _unclipped(blocks, enc, *, spec):
+    return _scaled(blocks, enc).abs() < spec.element.max
+
+
 # --- what the rest of the house calls ---
 
 
-def check(shape, spec: QuantSpec, what: str = "operand") -> None:
+def check(shape, spec: QuantSpec | Choice, what: str = "operand") -> None:
     """Raises ValueError if an operand of this shape cannot be cut into the spec's blocks."""
     sizes = ("rows", prod(shape[:-1]), spec.multiple[0]), ("contraction", shape[-1], spec.multiple[1])
     for name, size, multiple in sizes:
@@ -90,43 +137,79 @@ def check(shape, spec: QuantSpec, what: str = "operand") -> None:
             )
 
 
-def rotated(x: Tensor, spec: QuantSpec, sign_key: Key | None = None) -> Tensor:
+def transform(x: Tensor, size: int, s: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """x [R, K] after a Hadamard transform of `size` along K with signs s [size], in `dtype` (transform.py)."""
+    m, transposed = in_memory(x)
+    tiles = m.view(-1, size, x.shape[0] if transposed else 1)
+    return logical(run(_rotate, tiles, s, size=size, dtype=dtype).view(m.shape), transposed)
+
+
+def rotated(x: Tensor, spec: QuantSpec | Choice, sign_key: Key | None = None) -> Tensor:
     """x [R, K] as the quantiser sees it: after the spec's Hadamard transform (BF16), or unchanged."""
     if not spec.hadamard:
         return x
-    s = signs(spec.hadamard, spec.signs, sign_key and sign_key.words(x.device), x.device)
-    m, transposed = in_memory(x)
-    tiles = m.view(-1, spec.hadamard, x.shape[0] if transposed else 1)
-    return logical(run(_rotate, tiles, s, size=spec.hadamard).view(m.shape), transposed)
+    return transform(x, spec.hadamard, signs(spec.hadamard, spec.signs, sign_key and sign_key.words(x.device), x.device))
 
 
-def _prepare(x: Tensor, spec: QuantSpec, key: Key | None, sign_key: Key | None):
-    """Everything before the elements: (blocks, noise, scales as `_scales`, transposed, axis)."""
+class _Prepared(NamedTuple):
+    """Everything before the elements: blocks, the noise of their rounding, scales as in scaling.Scales, the layout."""
+
+    blocks: Tensor
+    noise: Tensor | None
+    codes: Tensor | None
+    enc: Tensor | None
+    decoded: Tensor | None
+    outer: Tensor | None
+    transposed: bool
+    axis: int
+
+
+def _prepare(x: Tensor, spec: QuantSpec | Choice, key: Key | None, sign_key: Key | None, held: Tensor | None) -> _Prepared:
     check(x.shape, spec)
     if spec.keyed and key is None:
         raise ValueError(f"{spec.short()} draws random bits: pass key=quant.random.Key(seed, ...)")
     m, transposed = in_memory(rotated(x, spec, sign_key or (key and key.at(use=key.use + 16))))
-    axis = contraction_axis(transposed)
-    blocks = to_blocks(m, spec.blocks_of(*x.shape), transposed)
-    noise = None
+    axis, (b0, b1) = contraction_axis(transposed), spec.blocks_of(*x.shape)
+    blocks = to_blocks(m, (b0, b1), transposed)
+    p, q = blocks.shape[0], blocks.shape[2]
+    noise = scale_noise = None
     if spec.stochastic:
-        noise = run(_noise, *x.shape, key.words(x.device), spec=spec, axis=axis).view(blocks.shape)
-    scales = (None,) * 4 if spec.scale.format == "none" else run(_scales, blocks, spec=spec, axis=axis)
-    return blocks, noise, scales, transposed, axis
+        noise = run(_noise, *x.shape, key.words(x.device), bits=random_bits(spec.rounding), axis=axis).view(blocks.shape)
+    if spec.scale.stochastic:
+        words, bits = key.at(use=key.use + 32).words(x.device), random_bits(spec.scale.rounding)
+        scale_noise = run(_noise, x.shape[0] // b0, x.shape[1] // b1, words, bits=bits, axis=axis).view(p, 1, q, 1)
+    found = (None,) * 4
+    if spec.scale.format != "none":
+        found = run(_scales, blocks, held, scale_noise, spec=spec.candidates[0], axis=axis)
+    codes, enc, decoded, outer = found
+    if spec.scale.correction == "eden":
+        codes, decoded = run(_corrected, blocks, enc, decoded, outer, scale_noise, spec=spec, axis=axis)
+    if len(spec.candidates) > 1:
+        best = run(_error, blocks, enc, decoded, outer, noise, spec=spec.candidates[0], axis=axis, by=spec.by), *found[:3]
+        for other in spec.candidates[1:]:
+            scales = run(_scales, blocks, held, scale_noise, spec=other, axis=axis)
+            error = run(_error, blocks, *scales[1:], noise, spec=other, axis=axis, by=spec.by)
+            best = run(_pick, *best, error, *scales[:3], flag=0 if other.element == spec.elements[0] else 128)
+        _, codes, enc, decoded = best
+    return _Prepared(blocks, noise, codes, enc, decoded, outer, transposed, axis)
 
 
-def quantize(x: Tensor, spec: QuantSpec, key: Key | None = None, sign_key: Key | None = None) -> QTensor:
+def quantize(
+    x: Tensor, spec: QuantSpec | Choice, key: Key | None = None, sign_key: Key | None = None, held: Tensor | None = None
+) -> QTensor:
     """Quantise x [..., K] along its last axis, the contraction; rows are all other axes flattened.
 
     x: fp32, BF16 or FP16, any strides. key: where randomness is used, needed by stochastic rounding and fresh signs;
     sign_key: the one both operands of a GEMM share for fresh signs (default: the key with use + 16).
+    held: fp32 [], an amax in place of that of x for a scale that spans all of it (0: none yet).
     A non-finite element makes its block NaN, or all that an outer scale spans; unscaled, only itself.
+    `source` and `center` of a spec are about the other operands of a Linear, and nothing to this function.
     Raises ValueError if x cannot be cut into blocks, or a key is missing.
     Source: arXiv:2509.25149 section 2; OCP MX v1.0.
     """
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    blocks, noise, (codes, enc, _, outer), transposed, axis = _prepare(rows, spec, key, sign_key)
-    packed = run(_pack, blocks, enc, noise, spec=spec, axis=axis).flatten(2, 3).flatten(0, 1)
+    blocks, noise, codes, enc, _, outer, transposed, axis = _prepare(rows, spec, key, sign_key, held)
+    packed = run(_pack, blocks, enc, codes, noise, spec=spec, axis=axis).flatten(2, 3).flatten(0, 1)
     scale, outer = (
         part if part is None or part.ndim == 0 else logical(part.view(part.shape[0], part.shape[2]), transposed)
         for part in (codes, outer)
@@ -134,12 +217,22 @@ def quantize(x: Tensor, spec: QuantSpec, key: Key | None = None, sign_key: Key |
     return QTensor(logical(packed, transposed), scale, outer, spec, tuple(x.shape))
 
 
-def quantized_values(x: Tensor, spec: QuantSpec, key: Key | None = None, sign_key: Key | None = None):
+def quantized_values(
+    x: Tensor, spec: QuantSpec | Choice, key: Key | None = None, sign_key: Key | None = None, held: Tensor | None = None
+):
     """As `quantize`, for x [R, K]: (code * scale [R, K], what leaves the sum as a factor: fp32 [] or [R, 1], or None).
     BF16 where that is exact, else fp32; bit-equal to decoding its QTensor."""
-    blocks, noise, (_, enc, decoded, outer), transposed, axis = _prepare(x, spec, key, sign_key)
-    values = run(_values, blocks, enc, decoded, outer, noise, spec=spec, axis=axis)
+    blocks, noise, codes, enc, decoded, outer, transposed, axis = _prepare(x, spec, key, sign_key, held)
+    values = run(_values, blocks, enc, codes, decoded, outer, noise, spec=spec, axis=axis)
     return logical(values.flatten(2, 3).flatten(0, 1), transposed), _factor(decoded, outer, spec, x.shape[0])
+
+
+def unclipped(
+    x: Tensor, spec: QuantSpec | Choice, key: Key | None = None, sign_key: Key | None = None, held: Tensor | None = None
+) -> Tensor:
+    """bool [R, K]: the elements of x that `quantize` does not clip, |y * enc| < max."""
+    p = _prepare(x, spec, key, sign_key, held)
+    return logical(run(_unclipped, p.blocks, p.enc, spec=spec).flatten(2, 3).flatten(0, 1), p.transposed)
 
 
 def decoded_values(q: QTensor) -> tuple[Tensor, Tensor | None]:
@@ -151,14 +244,14 @@ def decoded_values(q: QTensor) -> tuple[Tensor, Tensor | None]:
     blocks = to_blocks(packed, (b0, b1 * packed.numel() // (rows * k)), transposed)
     scale, outer = (
         part if part is None or part.ndim == 0 else (part.t() if transposed else part)[:, None, :, None]
-        for part in (q.scale_codes, q.global_scale)
+        for part in (q.scale_codes, q.outer_codes)
     )
     values = run(_decode, blocks, scale, outer, spec=q.spec, axis=axis)
-    decoded = decode_scale(scale, q.spec.scale) if q.spec.leaves else None
+    decoded = decode_scale(scale, q.spec) if q.spec.leaves else None
     return logical(values.flatten(2, 3).flatten(0, 1), transposed), _factor(decoded, outer, q.spec, rows)
 
 
-def _factor(decoded: Tensor | None, outer: Tensor | None, spec: QuantSpec, rows: int) -> Tensor | None:
+def _factor(decoded: Tensor | None, outer: Tensor | None, spec: QuantSpec | Choice, rows: int) -> Tensor | None:
     """What leaves the sum of a GEMM: fp32 [], or [R, 1], or None if nothing does."""
     parts = [decoded] * spec.leaves + [outer] * (outer is not None and not spec.scale.group)
     if not parts:

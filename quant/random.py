@@ -53,7 +53,7 @@ def constants(values: tuple, dtype: torch.dtype, device) -> Tensor:
 @dataclass(frozen=True)
 class Key:
     """Where randomness is used. `index` may be an int64 tensor of one element: then advancing it needs no host sync
-    and no recompilation. `use` numbers the operand (quant/spec.py OPERANDS)."""
+    and no recompilation. `use` numbers the operand (quant/recipe.py OPERANDS)."""
 
     seed: int
     index: int | Tensor = 0

@@ -1,6 +1,7 @@
 """Rounding: how a number of quanta becomes an integer, and what is random about it.
 
-    nearest          ties to the even integer        away    ties away from zero        zero    toward zero
+    nearest          to the nearest integer, ties to the even one        zero    toward zero
+    away, inward     to the nearest one, ties away from zero, toward zero
     stochasticN      up iff floor(2^N fraction) + random >= 2^N, with N random bits, 1 to 24
 
 `stochastic8` is the carry rule of TransformerEngine's portable path; `stochastic` is stochastic24, unbiased to 2^-24.
@@ -11,13 +12,12 @@ import re
 
 from torch import Tensor
 
-ROUNDINGS = ("nearest", "away", "zero", "stochastic", "stochastic8")
+ROUNDINGS = ("nearest", "away", "inward", "zero", "stochastic", "stochastic8")
 
 
 def random_bits(rounding: str) -> int:
-    """How many random bits an element takes: 0 for nearest, away and zero, N for stochasticN. Raises ValueError for any
-    other name."""
-    if rounding in ROUNDINGS[:3]:
+    """How many random bits an element takes: N for stochasticN, 0 for the others. Raises ValueError for an unknown name."""
+    if rounding in ROUNDINGS[:4]:
         return 0
     named = re.fullmatch(r"stochastic([1-9]\d?)?", rounding)
     if not named or int(named[1] or 24) > 24:
@@ -38,4 +38,6 @@ def round_quanta(t: Tensor, size: int, rounding: str, random: Tensor | None) -> 
     fraction = t - below  # exact: both share t's quantum
     if rounding == "away":
         return below + (fraction >= 0.5)
+    if rounding == "inward":
+        return below + (fraction > 0.5)
     return below + ((fraction * 2.0**n).floor() + random.to(t.dtype) >= 2.0**n)

@@ -21,24 +21,29 @@ it to target * outer_target (NVFP4, arXiv:2509.25149 section 2, in the orders of
 
 fp32: S_enc and S_dec themselves, with target / a. Alone, a float scale has S_enc = S_dec = 1.
 
+A macro-block scale over E8M0 is a significand f = 1.m, m the top 8 mantissa bits of fl(max / amax of the macro-block): elements
+are multiplied by f, then scaled as above, and values by fl(1 / f) (arXiv:2603.08713).
+
+With a history (delayed scaling) the largest of earlier amaxes stands for the operand's own where one scale spans all of it.
+
 Each fl is one IEEE rounding to nearest even; divisions are correctly rounded. A block whose scale is 0 gets enc = FLT_MAX:
 its elements saturate, and decode to 0 through the scale. A non-finite a makes its scale NaN, and under an outer scale every
 scale below that: nothing is laundered (TransformerEngine keeps a finite value, and its MXFP8 loses the NaN of a block).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quant.formats import FORMATS, code_dtype
-from quant.spec import QuantSpec, Scale
+from quant.formats import FLT_MAX, FORMATS, code_dtype
+from quant.spec import Choice, QuantSpec, Scale
 
-FLT_MAX = torch.finfo(torch.float32).max
 E8M0_NAN = 255
 
 
-def _sum(x: Tensor, axis: int) -> Tensor:
+def stated_sum(x: Tensor, axis: int) -> Tensor:
     """The sum over an axis in a stated order, halves onto halves: the same bits on every device."""
     while (n := x.shape[axis]) > 1:
         half = n // 2
@@ -54,7 +59,7 @@ def statistic(blocks: Tensor, scale: Scale) -> Tensor:
     if scale.statistic == "absmax":
         return blocks.abs().amax((1, 3), keepdim=True).to(torch.float32)
     x, count = blocks.to(torch.float32), blocks.shape[1] * blocks.shape[3]
-    mean, squares = (_sum(_sum(v, 3), 1) * (1 / count) for v in (x, x * x))
+    mean, squares = (stated_sum(stated_sum(v, 3), 1) * (1 / count) for v in (x, x * x))
     return (squares - mean * mean).clamp(min=0).sqrt()
 
 
@@ -84,38 +89,77 @@ def encode_factor(amax: Tensor, target: float) -> tuple[Tensor, Tensor]:
     return s_enc, torch.ones_like(s_enc) / s_enc
 
 
-def block_scales(a: Tensor, spec: QuantSpec, axis: int) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """a fp32 [P / p, 1, Q / q, 1], whose blocks follow each other along the contraction on `axis` (0 or 2)
-    -> (scale codes int32 or, for fp32, the scales; encode factors; decoded scales, all like a; the outer decode scale fp32,
-    [], or 1 or fewer along `axis`; codes and outer scale are None where there are none)."""
-    scale, element = spec.scale, FORMATS[spec.format]
+class Scales(NamedTuple):
+    """Of blocks [P / p, p, Q / q, q]: all are [P / p, 1, Q / q, 1], but for `outer`."""
+
+    codes: Tensor | None  # int32, or for fp32 the scales themselves; None where there are none
+    encode: Tensor | None  # fp32: what elements are multiplied by
+    decoded: Tensor | None  # fp32: the decode scale that the code stands for
+    outer: Tensor | None  # the outer decode scale as stored (`decode_outer`): [], or 1 or fewer along the contraction
+
+
+def block_scales(a: Tensor, spec: QuantSpec, axis: int, held: Tensor | None = None, noise: Tensor | None = None) -> Scales:
+    """a: the statistic fp32 [P / p, 1, Q / q, 1] of blocks that follow each other along the contraction on `axis` (0 or 2).
+    held: fp32 [], an amax in place of the operand's own. noise: random ints like a, for scales rounded stochastically."""
+    scale, element = spec.scale, spec.element
     target = scale.target or element.max
     if scale.format == "e8m0":
+        factor, outer = scale.multiplier, None
+        if scale.macro:
+            whole = outer_amax(a, spec, axis)
+            outer = ((torch.full_like(whole, element.max) / whole).view(torch.int32) >> 15) & 0xFF
+            factor, whole = (repeat(v, axis, scale.group // spec.block[1]) for v in (_significand(outer), whole))
+            a = torch.where(whole.isfinite(), a * factor, torch.nan)
+        elif factor != 1:
+            outer = torch.full((), 1 / factor, device=a.device)
         code = power_of_two(a, *threshold(spec))
-        outer = None if scale.multiplier == 1 else torch.full((), 1 / scale.multiplier, device=a.device)
-        return code, inverse_power(code) * scale.multiplier, FORMATS["e8m0"].decode(code), outer
+        return Scales(code, inverse_power(code) * factor, FORMATS["e8m0"].decode(code), outer)
     if scale.format == "fp32":
-        enc, dec = encode_factor(a, target)
-        return dec, enc, dec, None
-    fmt = FORMATS[scale.format]
-    outer = None
+        enc, dec = encode_factor(_in_place_of(a, held), target)
+        return Scales(dec, enc, dec, None)
+    fmt, outer = FORMATS[scale.format], None
     if scale.outer == "none":
         s_enc = s_dec = torch.where(a.isfinite(), 1.0, torch.nan)
     else:
-        s_enc, s_dec = encode_factor(outer_amax(a, spec, axis), target * (scale.outer_target or fmt.max))
+        whole = _in_place_of(outer_amax(a, spec, axis), held)
+        s_enc, s_dec = encode_factor(whole, target * (scale.outer_target or fmt.max))
         outer = s_dec
         if scale.group:
             s_enc, s_dec = (repeat(s, axis, scale.group // spec.block[1]) for s in (s_enc, s_dec))
     s = a * (s_enc * (1.0 / target)) if scale.order == "g2" else (a / torch.full_like(a, target)) * s_enc
-    code = fmt.encode(torch.where(s_enc.isfinite(), s.clamp(max=FLT_MAX), torch.nan))
+    s = torch.where(s_enc.isfinite(), s.clamp(max=FLT_MAX), torch.nan)
+    rounding = "nearest" if scale.correction == "eden" else scale.rounding  # (eden: what is corrected, and rounded again)
+    code = fmt.encode(s, rounding, noise)
     decoded = fmt.decode(code)
     full = decoded * s_dec
-    return code, (torch.ones_like(full) / full).clamp(max=FLT_MAX), decoded, outer
+    return Scales(code, (torch.ones_like(full) / full).clamp(max=FLT_MAX), decoded, outer)
+
+
+def _in_place_of(amax: Tensor, held: Tensor | None) -> Tensor:
+    """`held`, unless there is none yet (0) or the operand is not finite."""
+    return amax if held is None else torch.where((held > 0) & amax.isfinite(), held, amax)
+
+
+def eden(y: Tensor, q: Tensor, decoded: Tensor, spec: QuantSpec, axis: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """MS-EDEN: y and its quantised values q, fp32 blocks [P / p, p, Q / q, q] along `axis`, decoded scales
+    -> (codes of the corrected scales, decoded): <y, y> / <y, q> of the Hadamard tile times the scale, rounded stochastically.
+    """
+    tile = spec.hadamard // spec.block[1]
+    dots = (stated_sum(v, axis).unflatten(axis - 1, (-1, tile)) for v in (y * y, y * q))
+    yy, yq = (repeat(stated_sum(dot, axis).squeeze(axis), axis - 1, tile) for dot in dots)
+    fmt = FORMATS[spec.scale.format]
+    code = fmt.encode(decoded * torch.where(yq > 0, yy / yq, 1.0), spec.scale.rounding, noise)
+    return code, fmt.decode(code)
 
 
 def repeat(x: Tensor, axis: int, times: int) -> Tensor:
     """Each entry along `axis` so many times."""
     return x.unsqueeze(axis + 1).expand(*x.shape[: axis + 1], times, *x.shape[axis + 1 :]).flatten(axis, axis + 1)
+
+
+def spread(scale: Tensor, rows: int, k: int) -> Tensor:
+    """A scale [], or [R / b0, K / b1] of blocks of any size, as one for each element, [R, K]."""
+    return scale if scale.ndim == 0 else repeat(repeat(scale, 0, rows // scale.shape[0]), 1, k // scale.shape[1])
 
 
 def outer_amax(a: Tensor, spec: QuantSpec, axis: int) -> Tensor:
@@ -127,19 +171,40 @@ def outer_amax(a: Tensor, spec: QuantSpec, axis: int) -> Tensor:
     return a.unflatten(axis, (-1, spec.scale.group // spec.block[1])).amax(axis + 1)
 
 
+def _significand(m: Tensor) -> Tensor:
+    """int codes of eight mantissa bits -> fp32 1.m."""
+    return (m.to(torch.int32) + 256).to(torch.float32) * 2.0**-8
+
+
+def decode_outer(outer: Tensor, scale: Scale) -> Tensor:
+    """A stored outer scale -> the fp32 decode scale."""
+    if not scale.macro:
+        return outer
+    f = _significand(outer)
+    return torch.ones_like(f) / f
+
+
 def scale_dtype(scale: Scale) -> torch.dtype:
     """Of stored scales: codes, but for fp32."""
     return torch.float32 if scale.format == "fp32" else code_dtype(FORMATS[scale.format].bits)
 
 
-def decode_scale(codes: Tensor, scale: Scale) -> Tensor:
-    """Stored scales -> fp32."""
-    return codes if scale.format == "fp32" else FORMATS[scale.format].decode(codes)
+def decode_scale(codes: Tensor, spec: QuantSpec | Choice) -> Tensor:
+    """Stored scales -> fp32, whatever a Choice has written into their sign."""
+    if spec.scale.format == "fp32":
+        return codes
+    fmt = FORMATS[spec.scale.format]
+    return fmt.decode(codes.to(torch.int32) & ((1 << (fmt.bits - 1)) - 1) if len(spec.elements) > 1 else codes)
+
+
+def second(codes: Tensor, spec: QuantSpec | Choice) -> Tensor | None:
+    """Which blocks a Choice of two element formats gave the second one, by the sign of their stored scales; else None."""
+    return None if len(spec.elements) == 1 else codes.to(torch.int32) >> (FORMATS[spec.scale.format].bits - 1) != 0
 
 
 def threshold(spec: QuantSpec) -> tuple[float, bool]:
     """(T, whether up) of an E8M0 rule, as above."""
-    element, rule = FORMATS[spec.format], spec.scale.rule
+    element, rule = spec.element, spec.scale.rule
     mantissa_bits = element.significant_bits - 1
     T = {
         "floor": 2.0**element.emax,

@@ -1,21 +1,16 @@
-"""The vocabulary of recipes, as data.
+"""What happens to ONE operand of one GEMM, as data: a QuantSpec with its Scale, or a Choice between several.
 
-    y[T,O] = x[T,I] w[O,I]^T        fprop { x, w }      contraction I
-    dx     = g[T,O] w               dgrad { g, w }      contraction O
-    dw     = g^T x                  wgrad { g, x }      contraction T
+No spec names an axis: an operand comes with its contraction last, and blocks run along it. recipe.py puts six together.
 
-A QuantSpec says what happens to ONE operand of one GEMM; a Recipe is six of them; a Rule gives Linears a recipe.
-An operand left out stays in the compute dtype. No spec names an axis: blocks run along the contraction.
-
-Left out for now: Choice (several specs and a rule that picks one), scales with a history, `source`, `center`, `rotate`.
+Left out for now: Choice by a threshold and for whole tensors, scales that are searched for.
 """
 
 import difflib
 import math
-from dataclasses import fields
-from typing import Literal
+from operator import attrgetter
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from quant.codebooks import Codebook
@@ -35,19 +30,35 @@ def known(value: str, choices, what: str) -> str:
     raise ValueError(f"unknown {what} {value!r}, expected one of {', '.join(map(repr, choices))}{hint}")
 
 
+def rounding_bits(rounding: str, what: str) -> int:
+    """`random_bits`, with an error that says what the rounding is of."""
+    try:
+        return random_bits(rounding)
+    except ValueError:
+        known(rounding, ROUNDINGS, what)
+        raise
+
+
 @frozen
 class Scale:
     """How a block's scale is made (quant/scaling.py). value = code * scale (* outer scale): scales are decode scales.
 
     format: e8m0 | any float of at most 8 bits with a NaN (e4m3, e5m3, ...) | bf16 | fp32 | none.
-    outer: none | tensor | row | 1xN: an fp32 scale over the whole operand, each of its rows or N elements of a row, which maps
+    outer: none | tensor | row | 1xN: a scale over the whole operand, each of its rows or N elements of a row, which maps
       the amax there to target * outer_target. Default: tensor for e4m3, whose range needs it, else none.
+    outer_format: fp32; or, over e8m0, m8: a significand of eight bits, for the largest element of N to come out at the top of
+      its binade (macro-block scaling, arXiv:2603.08713).
     order: the two published orders of the fp32 operations, TransformerEngine v2.14 and later ("g2") or v2.8 to v2.13, which
       is the paper's Eqs. 2-3 ("g1"); they differ in about 1 scale of 1000 on BF16 data.
     rule: of e8m0, floor | ceil | rceil | even (default rceil). statistic: absmax | std, of the elements of a block.
+    history: 0, or take the largest amax of so many earlier steps in place of the operand's own (delayed scaling), where one
+      scale spans it: fp32 over the block [-1, -1], or outer "tensor".
     target: what the statistic is mapped to; default the largest element (and for e8m0 what the rule says).
     outer_target: what the largest block scale is mapped to; default the largest of its format.
     multiplier: of e8m0; elements are multiplied by it once more, and values divided (3/4: nothing saturates under floor).
+    rounding: of the block scale: nearest, or stochasticN where the format has a significand to round.
+    correction: none | eden: the scale is multiplied by <y, y> / <y, q> of its Hadamard tile before it is rounded
+      (MS-EDEN, arXiv:2601.22813): over fresh signs that makes an operand unbiased whose elements are rounded to nearest.
     """
 
     format: str = "e4m3"
@@ -58,40 +69,66 @@ class Scale:
     target: float | None = Field(None, gt=0, allow_inf_nan=False)
     outer_target: float | None = Field(None, gt=0, allow_inf_nan=False)
     multiplier: float = Field(1.0, gt=0, allow_inf_nan=False)
+    outer_format: Literal["fp32", "m8"] = "fp32"
+    history: int = Field(0, ge=0)
+    rounding: str = "nearest"
+    correction: Literal["none", "eden"] = "none"
 
     def __post_init__(self):
         if self.format not in ("bf16", "fp32", "none"):
-            floats = {f.name for f in FORMATS.values() if isinstance(f, Format) and f.bits <= 8 and f.nan_code is not None}
-            if self.format not in floats:
-                if self.format in FORMATS:
-                    raise ValueError(f"scale format {self.format!r}: expected a float of at most 8 bits that has a NaN")
-                known(self.format, [*(name for name in NAMED if name in floats), "bf16", "fp32", "none"], "scale format")
+            fmt = FORMATS[self.format] if self.format in FORMATS else None
+            if fmt is None:
+                floats = [f.name for f in NAMED.values() if isinstance(f, Format) and f.bits <= 8 and f.nan_code is not None]
+                known(self.format, [*floats, "bf16", "fp32", "none"], "scale format")
+            if not isinstance(fmt, Format) or fmt.bits > 8 or fmt.nan_code is None:
+                raise ValueError(f"scale format {self.format!r}: expected a float of at most 8 bits that has a NaN")
         if self.outer is None:
             object.__setattr__(self, "outer", "tensor" if self.format == "e4m3" else "none")
         if self.rule is None and self.format == "e8m0":
             object.__setattr__(self, "rule", "rceil")
         if self.rule and self.format != "e8m0":
             raise ValueError(f"rule {self.rule!r} is for scales of format 'e8m0', not {self.format!r}")
-        if self.outer != "none" and self.format in ("e8m0", "bf16", "fp32", "none"):
+        if self.macro and not (self.format == "e8m0" and self.group):
+            raise ValueError(f"outer_format 'm8' is over scales 'e8m0' and an outer '1xN', not {self.format!r}, {self.outer!r}")
+        if self.outer != "none" and self.format in ("e8m0", "bf16", "fp32", "none") and not self.macro:
             raise ValueError(f"outer {self.outer!r}: scales of format {self.format!r} have the range to do without")
-        if self.outer_target and self.outer == "none":
-            raise ValueError(f"outer_target {self.outer_target} is for an outer scale, and outer is 'none'")
-        if self.multiplier != 1 and self.format != "e8m0":
-            raise ValueError(f"multiplier {self.multiplier} is for scales of format 'e8m0'; others take a target")
+        if self.outer_target and (self.outer == "none" or self.macro):
+            outer = repr(self.outer) + " in 'm8'" * self.macro
+            raise ValueError(f"outer_target {self.outer_target} is for an outer scale in fp32, and outer is {outer}")
+        if self.multiplier != 1 and (self.format != "e8m0" or self.macro):
+            raise ValueError(f"multiplier {self.multiplier} is for scales 'e8m0' without an outer one; others take a target")
         if self.statistic == "std" and self.outer != "none":
             raise ValueError(f"statistic 'std' and outer {self.outer!r}: an outer scale is made from an amax")
+        if self.history and (self.statistic == "std" or not (self.outer == "tensor" or self.format == "fp32")):
+            raise ValueError(f"history {self.history}: expected one absmax for the operand, of scale 'fp32' or outer 'tensor'")
+        if rounding_bits(self.rounding, "scale rounding") == 0 and self.rounding != "nearest":
+            raise ValueError(f"scale rounding {self.rounding!r}: expected 'nearest' or 'stochastic', with a number of bits")
+        if self.stochastic and self.format in ("e8m0", "fp32", "none"):
+            raise ValueError(f"scale rounding {self.rounding!r}: a scale of format {self.format!r} has nothing to round")
+        if self.correction == "eden" and not self.stochastic:
+            raise ValueError("correction 'eden' needs scales with rounding 'stochastic': rounded to nearest they are biased")
 
     def short(self) -> str:
         """E.g. `e8m0-rceil`, for tables."""
-        words = [self.format, self.rule, self.outer if self.outer != "none" else None]
+        words = [self.format, self.rule, self.outer if self.outer != "none" else None, "m8" if self.macro else None]
         words += [f"{name}={value:g}" for name in ("target", "outer_target") if (value := getattr(self, name))]
         words += [self.statistic] * (self.statistic != "absmax") + [f"x{self.multiplier:g}"] * (self.multiplier != 1)
+        words += [f"history{self.history}"] * (self.history > 0) + [self.correction] * (self.correction != "none")
+        words += [self.rounding.replace("stochastic", "sr")] * self.stochastic
         return "-".join(filter(None, words)) if self.format != "none" else "unscaled"
 
     @property
     def group(self) -> int:
         """How many elements along the contraction share an outer scale; 0 where it is the whole tensor or row, or none."""
         return int(self.outer[2:]) if self.outer.startswith("1x") else 0
+
+    @property
+    def macro(self) -> bool:
+        return self.outer_format == "m8"
+
+    @property
+    def stochastic(self) -> bool:
+        return random_bits(self.rounding) > 0
 
     @property
     def significant_bits(self) -> int:
@@ -106,9 +143,11 @@ class QuantSpec:
     """What happens to one operand, contraction axis last.
 
     format: of the elements, a name in FORMATS. block: [rows, contraction] that share a scale, -1 for the whole axis.
-    rounding: nearest | away | zero | stochastic (24 bits) | stochastic8 (8 bits, carry rule) | stochasticN.
+    rounding: nearest | away | inward | zero | stochastic (24 bits) | stochastic8 (8 bits, carry rule) | stochasticN.
     hadamard: 0, or the size of the Hadamard transform along the contraction (a power of two);
     signs: none | fixed (the published vector) | fresh (drawn for every micro-batch and GEMM).
+    source: original | fprop: quantise what fprop made of this tensor (double quantisation; dgrad.w and wgrad.x only).
+    center: subtract the mean over the tokens first, and add its product back in high precision (fprop.x and wgrad.x only).
     """
 
     format: str = "e2m1"
@@ -117,30 +156,52 @@ class QuantSpec:
     rounding: str = "nearest"
     hadamard: int = 0
     signs: Literal["none", "fixed", "fresh"] = "fixed"
+    source: Literal["original", "fprop"] = "original"
+    center: bool = False
 
     def __post_init__(self):
         if self.format not in FORMATS:
             known(self.format, NAMED, "format")
-        try:
-            random_bits(self.rounding)
-        except ValueError:
-            known(self.rounding, ROUNDINGS, "rounding")
+        rounding_bits(self.rounding, "rounding")
         if any(size < 1 and size != -1 for size in self.block):
             raise ValueError(f"block {list(self.block)}: expected two sizes, [rows, contraction], -1 for the whole axis")
         if self.element.bits <= 4 and self.block[1] % 2 and self.block[1] != -1:
             raise ValueError(f"block {list(self.block)}: the contraction size must be even (two codes share a byte)")
         if self.hadamard and (self.hadamard < 2 or self.hadamard & (self.hadamard - 1)):
             raise ValueError(f"hadamard {self.hadamard}: expected 0 (off) or a power of two")
-        if self.scale.format == "none":
+        scale = self.scale
+        if scale.format == "none":
             object.__setattr__(self, "block", (-1, -1))
-        if self.scale.format == "none" and self.element.nan_code is None:
+        if scale.format == "none" and self.element.nan_code is None:
             raise ValueError(f"format {self.format!r} has no code for NaN, so it needs a scale to carry one")
-        if self.scale.group and (self.block[1] < 1 or self.scale.group % self.block[1]):
-            raise ValueError(f"outer {self.scale.outer!r} must be a multiple of the block's contraction size {self.block[1]}")
+        if scale.group and (self.block[1] < 1 or scale.group % self.block[1]):
+            raise ValueError(f"outer {scale.outer!r} must be a multiple of the block's contraction size {self.block[1]}")
+        if scale.history and scale.format == "fp32" and self.block != (-1, -1):
+            raise ValueError(f"history {scale.history} is of one scale for the operand, so block must be [-1, -1]")
+        if scale.correction == "eden" and not (self.hadamard and self.signs == "fresh"):
+            raise ValueError(
+                "correction 'eden' needs a Hadamard transform with signs 'fresh': with fixed ones the same error comes back "
+                "in every micro-batch, and averaging 64 of them gains 0.06 bits, not 3"
+            )
+        if scale.correction == "eden" and (self.block[0] != 1 or not 1 <= self.block[1] <= self.hadamard or self.stochastic):
+            raise ValueError(
+                f"correction 'eden' is for elements rounded to nearest, in blocks [1, N] within a tile of hadamard "
+                f"{self.hadamard}, not {self.rounding!r} in {list(self.block)}"
+            )
+
+    @property
+    def candidates(self) -> "tuple[QuantSpec, ...]":
+        """As a Choice between one."""
+        return (self,)
 
     @property
     def element(self) -> Format | Codebook:
         return FORMATS[self.format]
+
+    @property
+    def elements(self) -> tuple[Format | Codebook, ...]:
+        """The element formats there may be in one operand."""
+        return (self.element,)
 
     def blocks_of(self, rows: int, k: int) -> tuple[int, int]:
         """The block of an operand [rows, k]."""
@@ -153,7 +214,8 @@ class QuantSpec:
 
     @property
     def exact(self) -> bool:
-        """Whether what a GEMM multiplies, code * scale or the code alone, is always a BF16 number."""
+        """Whether what a GEMM multiplies, code * scale or the code alone, is always a BF16 number (but for scales so small
+        that the product leaves BF16's normal range, below 2^-126)."""
         bits = self.element.significant_bits, 1 if self.leaves else self.scale.significant_bits
         return (max(bits) if min(bits) == 1 else sum(bits)) <= 8
 
@@ -164,23 +226,26 @@ class QuantSpec:
     @property
     def multiple(self) -> tuple[int, int]:
         """(rows, contraction): what the operand's sizes must be multiples of."""
+        width = max(self.block[1], 1)
         calls = per_call(random_bits(self.rounding)) if self.stochastic else 1
+        scale_calls = per_call(random_bits(self.scale.rounding)) * width if self.scale.stochastic else 1
         per_byte = 2 if self.element.bits <= 4 else 1
-        k = math.lcm(max(self.block[1], 1), self.hadamard or 1, calls, per_byte, self.scale.group or 1)
+        k = math.lcm(width, self.hadamard or 1, calls, scale_calls, per_byte, self.scale.group or 1)
         return max(self.block[0], 1), k
 
     @property
     def keyed(self) -> bool:
         """Whether quantising needs a Key."""
-        return self.stochastic or bool(self.hadamard and self.signs == "fresh")
+        return self.stochastic or self.scale.stochastic or bool(self.hadamard and self.signs == "fresh")
 
     @property
     def transposes(self) -> bool:
         """Whether the codes of x^T are the codes of x, transposed."""
         return (
             self.block[0] == self.block[1]
-            and not (self.hadamard or self.stochastic)
+            and not (self.hadamard or self.stochastic or self.scale.stochastic)
             and self.scale.outer in ("none", "tensor")
+            and self.source == "original"
         )
 
     def short(self) -> str:
@@ -193,85 +258,83 @@ class QuantSpec:
             words.append(f"rht{self.hadamard}" + {"none": "-nosigns", "fixed": "", "fresh": "-fresh"}[self.signs])
         if self.rounding != "nearest":
             words.append(self.rounding.replace("stochastic", "sr"))
+        words += ["of-fprop"] * (self.source == "fprop") + ["centred"] * self.center
         return " ".join(words)
 
 
-@frozen
-class Fprop:
-    x: QuantSpec | None = None
-    w: QuantSpec | None = None
+def _shared(name: str) -> property:
+    return property(lambda self: attrgetter(name)(self.candidates[0]), doc=f"`{name}`, the same for all candidates.")
 
 
 @frozen
-class Dgrad:
-    g: QuantSpec | None = None
-    w: QuantSpec | None = None
+class Choice:
+    """Several specs, and for each block the one whose values come closest; the first of those that come as close.
 
-
-@frozen
-class Wgrad:
-    g: QuantSpec | None = None
-    x: QuantSpec | None = None
-
-
-@frozen
-class Recipe:
-    """Six operands. `weights`: quantise W from the fp32 "master" or from its "bf16" copy (TransformerEngine's habit)."""
-
-    fprop: Fprop = Fprop()
-    dgrad: Dgrad = Dgrad()
-    wgrad: Wgrad = Wgrad()
-    weights: Literal["master", "bf16"] = "master"
-
-    def __post_init__(self):
-        for name in ("fprop", "dgrad", "wgrad"):
-            gemm = getattr(self, name)
-            (a, p), (b, q) = ((f.name, getattr(gemm, f.name)) for f in fields(gemm))
-            rotation = [(s.hadamard, s.signs) if s and s.hadamard else None for s in (p, q)]
-            if rotation[0] != rotation[1]:
-                what = " and ".join(
-                    f"{name}.{o} " + (f"has hadamard {r[0]} with signs {r[1]}" if r else "has none")
-                    for o, r in zip((a, b), rotation, strict=True)
-                )
-                raise ValueError(f"{what}: both operands of a GEMM must be rotated alike, or the product changes")
-
-    def operands(self) -> dict[str, QuantSpec | None]:
-        """`fprop.x`, ... -> its spec, in the order of OPERANDS."""
-        return {name: getattr(getattr(self, name[:5]), name[6:]) for name in OPERANDS}
-
-    def short(self) -> dict[str, str]:
-        return {name: spec.short() if spec else "-" for name, spec in self.operands().items()}
-
-
-# The number of an operand is its `use` in a random Key; 16 + the number of the GEMM's first operand is that of its signs.
-OPERANDS = {"fprop.x": 0, "fprop.w": 1, "dgrad.g": 2, "dgrad.w": 3, "wgrad.g": 4, "wgrad.x": 5}
-SIGNS = {"fprop": 16, "dgrad": 18, "wgrad": 20}
-
-
-@frozen
-class Rule:
-    """One line of a policy; the first rule that matches a Linear gives it its recipe.
-
-    match: a glob over module names ("head", "blocks.*.ffn.*"). first / last: that many blocks at either end
-    (0 switches the rule off). after / until: only from / up to this share of the run (after = 1 switches it off).
-    Conditions combine by "and".
-    name: makes the rule overridable from the command line (policy.NAME.last=4).
+    by: squared_error | absolute_error (sums over the block) | largest_error.
+    Candidates may differ in the targets of their scales (four-over-six, arXiv:2512.02010: the block's amax to 6 or to 4;
+    decoding needs no flag), and two of them in their element format (IF4, arXiv:2603.28765): then the sign bit of the block
+    scale, which must be a signed format, says which. All the rest they share, the outer scale included.
     """
 
-    recipe: str
-    match: str = "*"
-    first: int | None = None
-    last: int | None = None
-    after: float = 0.0
-    until: float = 1.0
-    name: str = ""
+    candidates: tuple[QuantSpec, ...]
+    by: Literal["squared_error", "absolute_error", "largest_error"] = "squared_error"
 
     def __post_init__(self):
-        for key in ("first", "last"):
-            if (getattr(self, key) or 0) < 0:
-                raise ValueError(f"{key} = {getattr(self, key)}: expected a number of blocks, 0 or more")
-        if not 0.0 <= self.after <= self.until <= 1.0 or self.after == self.until < 1.0:
+        first = self.candidates[0] if self.candidates else None
+        if len(self.candidates) < 2:
+            raise ValueError(f"candidates: expected at least two specs to choose from, got {len(self.candidates)}")
+        for other in self.candidates[1:]:
+            pairs = [(name, attrgetter(name)(first), attrgetter(name)(other)) for name in self.ALIKE]
+            pairs.append(("target * outer_target", *(_whole_target(spec) for spec in (first, other))))
+            for name, a, b in pairs:
+                if a != b:
+                    raise ValueError(f"candidates must have the same {name}, not {a!r} and {b!r}")
+        fmt = FORMATS.get(first.scale.format)
+        if len(self.elements) > 1 and (len(self.candidates) > 2 or not (isinstance(fmt, Format) and fmt.signed)):
             raise ValueError(
-                f"after = {self.after}, until = {self.until}: expected 0 <= after <= until <= 1 (shares of the run), and "
-                "both alike only at 1, which switches the rule off"
+                f"candidates of different element formats, {', '.join(e.name for e in self.elements)}: expected two, and block "
+                f"scales of a signed format, whose sign bit says which; not {len(self.candidates)} with {first.scale.format!r}"
             )
+        if first.scale.correction != "none" or first.scale.history or first.leaves or first.scale.format == "none":
+            raise ValueError(f"candidates need block scales without a history or a correction, not {first.short()}")
+
+    ALIKE = (
+        *("block", "scale.format", "scale.outer", "scale.outer_format", "scale.order", "scale.rounding", "scale.multiplier"),
+        *("scale.correction", "scale.history", "element.bits", "rounding", "hadamard", "signs", "source", "center"),
+    )
+    SHARED = ("block", "scale", "rounding", "hadamard", "signs", "source", "center", "blocks_of", "leaves", "stochastic")
+    block, scale, rounding, hadamard, signs, source, center, blocks_of, leaves, stochastic = map(_shared, SHARED)
+    multiple, keyed, transposes = map(_shared, ("multiple", "keyed", "transposes"))
+
+    @property
+    def elements(self) -> tuple[Format | Codebook, ...]:
+        return tuple(dict.fromkeys(spec.element for spec in self.candidates))
+
+    @property
+    def element(self) -> Format | Codebook:
+        """The one with the largest value, for what asks about bits and range."""
+        return max(self.elements, key=lambda e: e.max)
+
+    @property
+    def exact(self) -> bool:
+        return all(spec.exact for spec in self.candidates)
+
+    def short(self) -> str:
+        return f"[{' | '.join(spec.short() for spec in self.candidates)}] by {self.by}"
+
+
+def _whole_target(spec: QuantSpec) -> float | None:
+    """What an outer scale maps the amax to."""
+    s = spec.scale
+    return None if s.outer == "none" else (s.target or spec.element.max) * (s.outer_target or FORMATS[s.format].max)
+
+
+# What stands for an operand in a recipe: a Choice is what has candidates. KINDS: the words that pydantic's error paths get.
+KINDS = {"(spec)": QuantSpec, "(choice)": Choice}
+
+
+def _kind(value: Any) -> str:
+    return "(choice)" if isinstance(value, Choice) or (isinstance(value, dict) and "candidates" in value) else "(spec)"
+
+
+Spec = Annotated[Annotated[QuantSpec, Tag("(spec)")] | Annotated[Choice, Tag("(choice)")], Discriminator(_kind)]

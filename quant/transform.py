@@ -35,8 +35,8 @@ def signs(size: int, kind: str, words: Tensor | None, device) -> Tensor:
     return (1 - 2 * bits.flatten()[:size]).to(torch.float32)
 
 
-def hadamard(tiles: Tensor, s: Tensor) -> Tensor:
-    """tiles [A, d, C] of any float dtype, transformed along the middle axis with signs s [d] -> BF16 [A, d, C].
+def hadamard(tiles: Tensor, s: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """tiles [A, d, C] of any float dtype, transformed along the middle axis with signs s [d] -> BF16 or fp32 [A, d, C].
 
     A non-finite value makes its tile non-finite. The middle axis is the contraction: a contiguous operand [R, K] is
     [R K / d, d, 1], a transposed one, which lies in memory as [K, R], is [K / d, d, R].
@@ -49,4 +49,5 @@ def hadamard(tiles: Tensor, s: Tensor) -> Tensor:
             for j in range(i, i + h):
                 xs[j], xs[j + h] = xs[j] + xs[j + h], xs[j] - xs[j + h]
         h *= 2
-    return torch.stack([to_bfloat16(v * d**-0.5) for v in xs], 1)
+    xs = [v * d**-0.5 for v in xs]
+    return torch.stack([to_bfloat16(v) for v in xs] if dtype == torch.bfloat16 else xs, 1)

@@ -33,9 +33,10 @@ THEIRS = {
 }
 
 
-def described(name: str, E: int, M: int, nans: int = 0, signed: bool = True, infinite: bool = False) -> FormatInfo:
+def described(name: str, E: int, M: int, nans=0, signed=True, infinite=False, bias: int | None = None) -> FormatInfo:
     """... or gfloat's description: `nans` codes at the top are no numbers, and one more is Inf if `infinite`."""
-    return FormatInfo(name, E + M + signed, M + 1, bias=2 ** (E - 1) - 1, is_signed=signed,
+    bias = 2 ** (E - 1) - 1 if bias is None else bias
+    return FormatInfo(name, E + M + signed, M + 1, bias=bias, is_signed=signed,
                       domain=Domain.Extended if infinite else Domain.Finite, has_nz=signed, num_high_nans=nans,
                       has_subnormals=True, is_twos_complement=False)  # fmt: skip
 
@@ -53,9 +54,13 @@ DESCRIBED = {
     **{f"e{E}m{M}": described(f"e{E}m{M}", E, M) for E, M in ((1, 2), (2, 0), (2, 5), (3, 3), (5, 1), (5, 10), (6, 9), (7, 2))},
     "e8m1": described("e8m1", 8, 1, nans=1, infinite=True),
     "e8m10": described("e8m10", 8, 10, nans=1023, infinite=True),
+    "ue4m4": described("ue4m4", 4, 4, signed=False),
+    "e3m4b5": described("e3m4b5", 3, 4, bias=5),
+    "ue2m5b-3": described("ue2m5b-3", 2, 5, bias=-3, signed=False),
+    "e5m2b120": described("e5m2b120", 5, 2, bias=120),
 }
 ALL = [FORMATS[name] for name in [*THEIRS, *DESCRIBED]]
-NARROW = ["e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "e4m3-fnuz", "e5m3", "int4", "e7m2"]
+NARROW = ["e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "e4m3-fnuz", "e5m3", "int4", "e7m2", "e3m4b5", "ue4m4"]
 SIGNED_ZERO = [f for f in ALL if f.signed and f.negative_zero and not f.integer]
 formats = pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
 narrow = pytest.mark.parametrize("fmt", [FORMATS[n] for n in NARROW], ids=NARROW)
@@ -187,8 +192,13 @@ def test_derived_numbers(fmt):
 
 
 def test_formats_by_name():
-    assert set(NAMED) < set(FORMATS) and all(name == f.name for name, f in FORMATS.items())
-    assert {f"e{E}m{M}" for E in range(1, 9) for M in range(11)} | {f"int{n}" for n in range(2, 17)} <= set(FORMATS)
+    names = {f"e{E}m{M}" for E in range(1, 9) for M in range(11)} | {f"int{n}" for n in range(2, 17)} | set(NAMED)
+    assert all(name in FORMATS and FORMATS[name].name == name for name in names)
+    assert (FORMATS["e3m4b5"].max, FORMATS["ue4m4"].bits, FORMATS["e4m3b7"].max) == (7.75, 8, 480)
+    for name in ("e9m1", "e0m3", "e1m11", "int1", "int17", "e4m3b", "e4m3b+1", "e8m3b130", "e8m3b100", "e4m3b150", ""):
+        assert name not in FORMATS
+        with pytest.raises(KeyError):
+            FORMATS[name]
     assert all(name in table() for name in NAMED)
     assert (FORMATS["e5m3"].max, FORMATS["e5m3-amd"].max, FORMATS["int8"].max) == (61440, 114688, 127 / 64)
     assert all(f.nan_code is None for name, f in FORMATS.items() if name not in NAMED and not name.startswith("e8"))
@@ -223,11 +233,12 @@ def test_nearest_is_theirs(fmt):
 
 
 @narrow
-@pytest.mark.parametrize("rounding", ["zero", "away"])
-def test_away_and_zero(fmt, rounding):
+@pytest.mark.parametrize("rounding", ["zero", "away", "inward"])
+def test_away_inward_and_zero(fmt, rounding):
     x = inputs(fmt)
     below, fraction, negative = neighbours(x, fmt)
-    expected = with_sign(below + ((fraction >= 0.5) if rounding == "away" else 0), negative, fmt)
+    up = {"zero": fraction >= 1, "away": fraction >= 0.5, "inward": fraction > 0.5}[rounding]
+    expected = with_sign(below + up, negative, fmt)
     assert_same_bits(fmt.encode(x, rounding), expected, f"{fmt.name}, {rounding}")
 
 

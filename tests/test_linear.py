@@ -19,7 +19,7 @@ from quant import Context, Linear, QuantSpec, Recipe, attach, quantize
 from quant.gemm import pick_mode
 from quant.metrics import STATS
 from quant.random import Key
-from quant.spec import OPERANDS, SIGNS
+from quant.recipe import OPERANDS, SIGNS
 
 NV, SQUARE, SR = QuantSpec(), QuantSpec(block=(16, 16)), QuantSpec(rounding="stochastic8")
 NVFP4 = Recipe(

@@ -21,7 +21,7 @@ from model import GPT, Attention, FeedForward, ModelConfig, RMSNorm, flops_per_t
 from model import rotate as turn
 from quant import Context, QuantSpec, Recipe, assign, attach
 from quant.linear import linears
-from quant.spec import Dgrad, Fprop, Rule, Wgrad
+from quant.recipe import Dgrad, Fprop, Rule, Wgrad
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = ModelConfig(blocks=2, d_model=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab_size=128, seq_len=32)

@@ -12,7 +12,7 @@ from torch import nn
 from quant import Linear, QuantSpec, Recipe, Rule, assign
 from quant.linear import linears
 from quant.policy import switches, table, unquantized
-from quant.spec import Fprop
+from quant.recipe import Fprop
 
 RECIPES = {"a": Recipe(fprop=Fprop(x=QuantSpec())), "b": Recipe(fprop=Fprop(w=QuantSpec(block=(16, 16))))}
 HIDDEN = ("attn.qkv", "attn.out", "ffn.up", "ffn.down")

@@ -540,7 +540,7 @@ def test_state_round_trip(spec, tmp_path):
     assert set(loaded) == {"blocks.0.w.codes", "blocks.0.w.scale", "blocks.0.w.global_scale"}
     back = QTensor.from_state("blocks.0.w", loaded, description)
     assert back.spec == spec and back.shape == q.shape
-    for what in ("packed_codes", "scale_codes", "global_scale"):
+    for what in ("packed_codes", "scale_codes", "outer_codes"):
         assert_same_bits(getattr(back, what), getattr(q, what), what)
     assert_same_bits(back.dequantize(), q.dequantize(), "values")
     assert_same_bits(decoded_values(back)[0], decoded_values(q)[0], "values for a GEMM")

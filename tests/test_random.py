@@ -15,7 +15,7 @@ import torch
 from helpers import assert_same_bits
 
 from quant.random import Key, philox, random_ints
-from quant.spec import OPERANDS, SIGNS
+from quant.recipe import OPERANDS, SIGNS
 
 # kat_vectors of the authors' library Random123, philox4x32-10: counter, key, answer
 KNOWN = [

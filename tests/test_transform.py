@@ -13,7 +13,8 @@ from torch import Tensor
 
 from quant.quantize import rotated
 from quant.random import Key
-from quant.spec import SIGNS, QuantSpec
+from quant.recipe import SIGNS
+from quant.spec import QuantSpec
 from quant.transform import FIXED_SIGNS, hadamard, signs
 
 SIZES = [2, 4, 8, 16, 32, 64, 128]

@@ -1,0 +1,128 @@
+"""The vocabulary of recipes, as data.
+
+    y[T,O] = x[T,I] w[O,I]^T        fprop { x, w }      contraction I
+    dx     = g[T,O] w               dgrad { g, w }      contraction O
+    dw     = g^T x                  wgrad { g, x }      contraction T
+
+A Recipe says what happens to the six operands of a Linear; a Rule gives Linears a recipe; Sites are the operands outside of
+Linears, and Weights is how the weights themselves are kept. An operand left out stays in the compute dtype.
+"""
+
+from dataclasses import fields
+from typing import Literal
+
+from pydantic import Field
+
+from quant.spec import Choice, Spec, frozen
+
+
+@frozen
+class Fprop:
+    x: Spec | None = None
+    w: Spec | None = None
+
+
+@frozen
+class Dgrad:
+    g: Spec | None = None
+    w: Spec | None = None
+
+
+@frozen
+class Wgrad:
+    g: Spec | None = None
+    x: Spec | None = None
+
+
+@frozen
+class Recipe:
+    """Six operands.
+
+    weights: quantise W from the fp32 "master" or from its "bf16" copy (TransformerEngine's habit).
+    rotate: 0, or the size of a Hadamard transform of x and W along I before everything else (a power of two): all GEMMs
+      run in the rotated basis, and dx and dw are rotated back (Quartet, arXiv:2505.14669).
+    clip: no gradient for elements of x and W that fprop clipped (as Quartet and QuEST do; otherwise straight-through).
+    """
+
+    fprop: Fprop = Fprop()
+    dgrad: Dgrad = Dgrad()
+    wgrad: Wgrad = Wgrad()
+    weights: Literal["master", "bf16"] = "master"
+    rotate: int = Field(0, ge=0)
+    clip: bool = False
+
+    def __post_init__(self):
+        if self.rotate & (self.rotate - 1) or self.rotate == 1:
+            raise ValueError(f"rotate {self.rotate}: expected 0 (off) or a power of two")
+        for name in ("fprop", "dgrad", "wgrad"):
+            gemm = getattr(self, name)
+            (a, p), (b, q) = ((f.name, getattr(gemm, f.name)) for f in fields(gemm))
+            rotation = [(s.hadamard, s.signs) if s and s.hadamard else None for s in (p, q)]
+            if rotation[0] != rotation[1]:
+                what = " and ".join(
+                    f"{name}.{o} " + (f"has hadamard {r[0]} with signs {r[1]}" if r else "has none")
+                    for o, r in zip((a, b), rotation, strict=True)
+                )
+                raise ValueError(f"{what}: both operands of a GEMM must be rotated alike, or the product changes")
+        if (self.rotate or self.clip) and not (self.fprop.x and self.fprop.w):
+            raise ValueError("rotate and clip are about quantised operands of fprop: expected specs for fprop.x and fprop.w")
+        for name, spec in self.operands().items():
+            if spec:
+                self._check_operand(name, spec)
+
+    def _check_operand(self, name: str, spec: Spec) -> None:
+        if isinstance(spec, Choice) and not name.startswith("fprop"):
+            raise ValueError(
+                f"{name} is a choice by {spec.by}, which is biased (the error that is kept depends on the value), and errors "
+                "of gradients add up over steps: only operands of fprop may be chosen so"
+            )
+        if spec.source == "fprop":
+            made = {"dgrad.w": self.fprop.w, "wgrad.x": self.fprop.x}.get(name)
+            if made is None:
+                raise ValueError(f"{name}: source 'fprop' is for dgrad.w and wgrad.x whose fprop operand has a spec")
+            if made.hadamard or made.center or spec.center:
+                raise ValueError(f"{name}: source 'fprop' of what is centred or transformed there; `rotate` is for that")
+        if spec.center and name not in ("fprop.x", "wgrad.x"):
+            raise ValueError(f"{name}: center is for activations, fprop.x and wgrad.x")
+
+    def operands(self) -> dict[str, Spec | None]:
+        """`fprop.x`, ... -> its spec, in the order of OPERANDS."""
+        return {name: getattr(getattr(self, name[:5]), name[6:]) for name in OPERANDS}
+
+    def short(self) -> dict[str, str]:
+        return {name: spec.short() if spec else "-" for name, spec in self.operands().items()}
+
+
+# The number of an operand is its `use` in a random Key; 16 + the number of the GEMM's first operand is that of its signs,
+# 32 + that of an operand of the noise of its scales (quant/random.py).
+OPERANDS = {"fprop.x": 0, "fprop.w": 1, "dgrad.g": 2, "dgrad.w": 3, "wgrad.g": 4, "wgrad.x": 5}
+SIGNS = {"fprop": 16, "dgrad": 18, "wgrad": 20}
+
+
+@frozen
+class Rule:
+    """One line of a policy; the first rule that matches a Linear gives it its recipe.
+
+    match: a glob over module names ("head", "blocks.*.ffn.*"). first / last: that many blocks at either end
+    (0 switches the rule off). after / until: only from / up to this share of the run (after = 1 switches it off).
+    Conditions combine by "and".
+    name: makes the rule overridable from the command line (policy.NAME.last=4).
+    """
+
+    recipe: str
+    match: str = "*"
+    first: int | None = None
+    last: int | None = None
+    after: float = 0.0
+    until: float = 1.0
+    name: str = ""
+
+    def __post_init__(self):
+        for key in ("first", "last"):
+            if (getattr(self, key) or 0) < 0:
+                raise ValueError(f"{key} = {getattr(self, key)}: expected a number of blocks, 0 or more")
+        if not 0.0 <= self.after <= self.until <= 1.0 or self.after == self.until < 1.0:
+            raise ValueError(
+                f"after = {self.after}, until = {self.until}: expected 0 <= after <= until <= 1 (shares of the run), and "
+                "both alike only at 1, which switches the rule off"
+            )
