@@ -1,7 +1,8 @@
 """Checkpoints: plain safetensors in a folder that is either complete or not there.
 
     out/NAME/step_000100/   model.safetensors      fp32 masters, by parameter name: the truth
-                            optimizer.safetensors  exp_avg.NAME, exp_avg_sq.NAME: fp32
+                                                   and the amaxes that delayed scaling remembers
+                            optimizer.safetensors  exp_avg.NAME, exp_avg_sq.NAME: fp32; compensation.NAME under Kahan's update
                             quantized.safetensors  codes, scales and global scales of every quantised weight, as the
                                                    forward pass of training used them; their specs in the metadata
                             state.json             step, tokens, data position, policy in force
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from configs import Config, load
 from data import Tokenizer
 from model import GPT
-from quant import QTensor, assign, attach
+from quant import QTensor, WeightStore, assign, assign_sites, attach
 from quant.linear import Context, linears
 
 VERSION = 1
@@ -44,7 +45,16 @@ def steps(run: Path) -> list[int]:
     return sorted(int(f.parent.name[5:]) for f in run.glob("step_*/COMPLETE"))
 
 
-def save(run: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: dict, tokenizer: Path, keep: int) -> Path:
+def save(
+    run: Path,
+    step: int,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    tokenizer: Path,
+    keep: int,
+    store: WeightStore | None = None,
+) -> Path:
     """Write step_STEP of a run and delete all but the newest `keep`. Returns the folder.
 
     Raises OSError, with what is safe in its message, if it cannot be written; earlier steps are untouched then.
@@ -54,7 +64,8 @@ def save(run: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, sta
     temporary.mkdir(parents=True)
     try:
         save_file(parameters(model), temporary / "model.safetensors")
-        save_file(_moments(model, optimizer), temporary / "optimizer.safetensors")
+        compensation = {f"compensation.{name}": c for name, c in store.compensation.items()} if store else {}
+        save_file(_moments(model, optimizer) | compensation, temporary / "optimizer.safetensors")
         tensors, descriptions = {}, {}
         for name, module in linears(model).items():
             if (q := module.quantized_weight()) is not None:
@@ -113,7 +124,13 @@ def size_estimate(model: nn.Module) -> int:
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters()}
+    """Parameters, and what Linears remember (delayed scaling); tied ones once."""
+    return {name: p.detach() for name, p in model.named_parameters()} | _memory(model)
+
+
+def _memory(model: nn.Module) -> dict[str, Tensor]:
+    buffers = dict(model.named_buffers())
+    return {name: t for name, t in model.state_dict().items() if name in buffers}
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -167,9 +184,9 @@ def intact(folder: Path, use: str = "{folder}") -> None:
     raise ValueError(f"{wrong}; {offer}")
 
 
-def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict:
-    """Load masters and moments into a model and its optimiser; returns state.json. Raises ValueError if damaged or if the
-    model has other parameters."""
+def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, store: WeightStore | None = None) -> dict:
+    """Load masters, memory and moments into a model, its optimiser and the store of its weights; returns state.json. Raises
+    ValueError if damaged or if the model has other parameters."""
     intact(folder)
     state = json.loads((folder / "state.json").read_text())
     _fill(model, load_file(folder / "model.safetensors"), folder)
@@ -180,6 +197,8 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict:
                 "step": torch.tensor(float(state["step"])),
                 **{key: moments[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")},
             }
+        if store and store.weights.kahan and f"compensation.{name}" in moments:
+            store.compensation[name] = moments[f"compensation.{name}"].to(p.device)
     return state
 
 
@@ -190,6 +209,9 @@ def _fill(model: GPT, tensors: dict[str, Tensor], folder: Path) -> None:
         if shape != tuple(p.shape):
             raise ValueError(f"{folder / 'model.safetensors'}: {name} is {shape}, the config's model wants {tuple(p.shape)}")
         p.copy_(tensors[name])
+    for name in tensors.keys() - dict(model.named_parameters()).keys():  # memory, of whatever recipe had one
+        module, _, buffer = name.rpartition(".")
+        model.get_submodule(module).register_buffer(buffer, tensors[name].to(p.device))
 
 
 @dataclass
@@ -223,15 +245,17 @@ def load_model(run_or_step: str | Path, weights: str = "master") -> Loaded:
     config = load(folder.parent / "config.toml")
     state = json.loads((folder / "state.json").read_text())
     model = GPT(config.model, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]).eval()
-    attach(model, Context(config.train.seed, state["gemm"]))
+    attach(model, context := Context(config.train.seed, state["gemm"]))
+    context.at(max(state["step"] - 1, 0), max(state["next_micro_batch"] - 1, 0))
     tensors = load_file(folder / "model.safetensors")
     assign(model, config.recipes, config.policy, state["progress"])
+    assign_sites(model, config.sites)
     if weights == "quantized":
         with safe_open(folder / "quantized.safetensors", "pt") as f:
             stored = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
             specs = json.loads(f.metadata()["specs"])
         codes = {name: QTensor.from_state(name, stored, description) for name, description in specs.items()}
-        tensors |= {f"{name}.weight": q.dequantize() for name, q in codes.items()}
+        tensors |= {f"{name}.weight": linears(model)[name].dequantized(q) for name, q in codes.items()}
     _fill(model, tensors, folder)
     model.requires_grad_(False)
     if weights == "quantized":

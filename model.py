@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from quant import Linear
+from quant import Linear, Site
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -53,10 +53,10 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight, self.eps, self.gain = nn.Parameter(torch.ones(size)), eps, Site("norm_gain")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(torch.float32), x.shape[-1:], self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.to(torch.float32), x.shape[-1:], self.gain(self.weight), self.eps).to(x.dtype)
 
 
 def rope_table(config: ModelConfig, device=None) -> Tensor:
@@ -80,13 +80,20 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
         self.qkv = Linear(c.d_model, (c.heads + 2 * c.kv_heads) * c.head_dim)
         self.out = Linear(c.heads * c.head_dim, c.d_model)
+        self.scores = Site("scores")
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H + 2 KV, T, d]
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
         q, k = rotate(q, rope), rotate(k, rope)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        if self.scores.spec is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        else:
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+            scores = self.scores(q @ k.mT * self.head_dim**-0.5).to(torch.float32)
+            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+            y = scores.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -110,10 +117,11 @@ class Block(nn.Module):
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(c.d_model, c.norm_eps), Attention(c)
         self.ffn_norm, self.ffn = RMSNorm(c.d_model, c.norm_eps), FeedForward(c)
+        self.residual = Site("residual")
 
     def forward(self, h: Tensor, rope: Tensor) -> Tensor:
-        h = h + self.attn(self.attn_norm(h), rope)
-        return h + self.ffn(self.ffn_norm(h))
+        h = self.residual(h + self.attn(self.attn_norm(h), rope))
+        return self.residual(h + self.ffn(self.ffn_norm(h)))
 
 
 class GPT(nn.Module):

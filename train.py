@@ -31,7 +31,7 @@ import checkpoint
 from configs import Config, dump, load
 from data import Corpus, prepare
 from model import GPT, flops_per_token, measure
-from quant import assign, attach, fuse
+from quant import WeightStore, assign, assign_sites, attach, fuse
 from quant.gemm import pick_mode
 from quant.linear import Context
 from quant.metrics import STATS
@@ -97,6 +97,9 @@ class Trainer:
         self.model, self.optimizer = model, make_optimizer(model, config)
         self.context = Context(t.seed, self.mode, self.device)
         attach(model, self.context)
+        assign_sites(model, config.sites)
+        self.store = WeightStore(model, config.weights, t.seed)
+        self.store.begin()
         self.loss = torch.compile(model.loss) if t.compile == "model" else model.loss
         self.bytes = torch.as_tensor(corpus.tokenizer.bytes_per_token, device=self.device)
         self.frozen = torch.zeros((), device=self.device)  # 1 from the first non-finite loss or gradient on
@@ -129,7 +132,9 @@ class Trainer:
         loss, size = self.forward_backward(step)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
         self.frozen.copy_(torch.maximum(self.frozen, (~(loss.isfinite() & norm.isfinite())).float()))
+        self.store.keep()
         self.optimizer.step()
+        self.store.put(step, self.frozen)
         # Fused optimisers leave the version counters alone (torch 2.13), by which Linears know that a weight has changed.
         torch.autograd.graph.increment_version(self.model.parameters())
         self.optimizer.zero_grad(set_to_none=True)
@@ -141,6 +146,8 @@ class Trainer:
         chosen = assign(self.model, config.recipes, config.policy, step / config.train.steps)
         if chosen != self.policy:
             print(f"policy from step {step}:\n" + "\n".join("  " + line for line in table(chosen, config.recipes).splitlines()))
+            others = [f"{name}  {spec}" for name, spec in config.sites.short().items()]
+            print("".join(f"  {line}\n" for line in [*others, self.store.describe()] if line), end="")
             self.policy = chosen
 
     # --- measuring ---
@@ -189,7 +196,7 @@ class Trainer:
             "data_sha256": self.corpus.sha256,
         }
         path = self.corpus.tokenizer.path
-        return checkpoint.save(self.run.folder, step, self.model, self.optimizer, state, path, self.config.run.keep)
+        return checkpoint.save(self.run.folder, step, self.model, self.optimizer, state, path, self.config.run.keep, self.store)
 
     def train(self) -> dict[str, float]:
         """Steps run.start ... steps - 1. Returns the last metrics. Raises Stop when the run ends early."""
@@ -361,7 +368,9 @@ def start(config: Config, run: Run) -> None:
     run.check_disk(checkpoint.size_estimate(trainer.model))
     step = 0
     if source or branch:
-        state = checkpoint.restore(source or branch, trainer.model, trainer.optimizer)
+        state = checkpoint.restore(source or branch, trainer.model, trainer.optimizer, trainer.store)
+        if branch and not source:
+            trainer.store.begin()  # another config's weights may lie off the grid
         folder, step = source or branch, state["step"]
         if state["data_sha256"] != corpus.sha256:
             was, now = state["data_sha256"][:12], corpus.sha256[:12]

@@ -29,9 +29,10 @@ from pydantic.dataclasses import dataclass
 
 from data import DataConfig
 from model import GPT, ModelConfig
-from quant import Recipe, Rule, attach
+from quant import Recipe, Rule, Sites, Weights, WeightStore, attach
 from quant.linear import Context, linears
 from quant.policy import assign, switches
+from quant.quantize import check as check_blocks
 from quant.recipe import OPERANDS
 from quant.spec import KINDS, Spec
 
@@ -102,6 +103,8 @@ class Config:
     specs: dict[str, Spec] = Field(default_factory=dict)
     recipes: dict[str, Recipe] = Field(default_factory=dict)
     policy: tuple[Rule, ...] = (Rule(recipe="bf16"),)
+    sites: Sites = Sites()
+    weights: Weights = Weights()
     source: str = ""  # the file, for messages and names; set by `load`, no key
 
     @property
@@ -144,6 +147,12 @@ def check(config: Config) -> None:
         "model.heads * model.head_dim": m.heads * m.head_dim,
         "model.vocab_size": m.vocab_size,
     }
+    rows = {"norm_gain": (1, m.d_model), "scores": (tokens * m.heads, m.seq_len), "residual": (tokens, m.d_model)}
+    for name, spec in vars(config.sites).items():
+        if spec:
+            check_blocks(rows[name], spec, f"sites.{name}")
+    for name, p in WeightStore(model, config.weights, 0).stored.items():
+        check_blocks(p.shape, config.weights.store, f"weights.store of {name}")
     for share in [0.0, *switches(config.policy)]:
         assign(model, config.recipes, config.policy, share)
         for module in linears(model).values():
@@ -219,6 +228,10 @@ def _spec_places(raw: dict) -> Iterator[tuple[dict, str, str]]:
         for gemm, operands in recipe.items() if isinstance(recipe, dict) else ():
             if isinstance(operands, dict):
                 yield from places(operands, f"recipes.{name}.{gemm}")
+    if isinstance(raw.get("sites"), dict):
+        yield from places(raw["sites"], "sites")
+    if isinstance(weights := raw.get("weights"), dict) and "store" in weights:
+        yield weights, "store", "weights.store"
 
 
 def _override(raw: dict, text: str) -> dict:
@@ -356,7 +369,7 @@ def dump(config: Config) -> str:
             for name, entry in value.items():
                 lines += ["", f"[{section}.{_key(name)}]", *(f"{k} = {_toml(v)}" for k, v in entry.items() if v is not None)]
         else:
-            lines += ["", f"[{section}]", *(f"{k} = {_toml(v)}" for k, v in value.items())]
+            lines += ["", f"[{section}]", *(f"{k} = {_toml(v)}" for k, v in value.items() if v is not None)]
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,7 @@
 
 Modules import in one direction:
 rounding, random, fuse < codebooks < formats < spec < recipe, scaling, transform < qtensor < quantize < metrics < gemm
-< linear < policy.
+< linear < site, update < policy.
 """
 
 import warnings
@@ -10,12 +10,14 @@ import warnings
 from quant.formats import FORMATS
 from quant.fuse import fuse
 from quant.gemm import gemm
-from quant.linear import Context, Linear, attach
-from quant.policy import assign
+from quant.linear import Context, Linear
+from quant.policy import assign, assign_sites
 from quant.qtensor import QTensor
 from quant.quantize import quantize
-from quant.recipe import Recipe, Rule
+from quant.recipe import Recipe, Rule, Sites, Weights
+from quant.site import Site, attach
 from quant.spec import Choice, QuantSpec, Scale
+from quant.update import WeightStore
 
 __all__ = [
     "FORMATS",
@@ -27,7 +29,12 @@ __all__ = [
     "Recipe",
     "Rule",
     "Scale",
+    "Site",
+    "Sites",
+    "WeightStore",
+    "Weights",
     "assign",
+    "assign_sites",
     "attach",
     "fuse",
     "gemm",

@@ -104,7 +104,7 @@ class Linear(nn.Linear):
         if not spec:
             return None
         w = self._source()
-        return quantize(w, spec, *self._keys("fprop.w", spec), self._held("fprop.w", spec, w))
+        return quantize(w, spec, *self._keys("fprop.w", spec), self._held("fprop.w", spec, w, note=False))
 
     def use(self, q: QTensor) -> None:
         """Take these codes for fprop.w (and dgrad.w where W^T has the same ones) until the weight changes."""
@@ -165,7 +165,7 @@ class Linear(nn.Linear):
             self.register_buffer(name, empty)
         return self._buffers[name]
 
-    def _held(self, operand: str, spec: Spec, x: Tensor) -> Tensor | None:
+    def _held(self, operand: str, spec: Spec, x: Tensor, note: bool = True) -> Tensor | None:
         """The amax of earlier steps, fp32 [], 0 if there is none, and None if the scale has no history; in training that of x
         (finite ones) is noted for later steps. Nothing here waits for the device."""
         if not (steps := spec.scale.history):
@@ -173,7 +173,7 @@ class Linear(nn.Linear):
         history, step = self._history(operand, steps), self.context.counters[1].double()
         number, amax = history
         held = torch.where((number < step) & (number >= step - steps), amax, 0.0).amax().to(torch.float32)
-        if self.training:
+        if note and self.training:
             found = rotated(x, spec, self._keys(operand, spec)[1]).abs().amax().double()
             found = torch.where(found.isfinite(), found, 0.0)
             here = torch.arange(steps + 1, device=amax.device) == step % (steps + 1)
@@ -290,9 +290,3 @@ class _Quantized(torch.autograd.Function):
 def linears(model: nn.Module) -> dict[str, Linear]:
     """Name -> every Linear of a model, in order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
-
-
-def attach(model: nn.Module, context: Context) -> None:
-    """Give every Linear of a model its name, its number and the shared context."""
-    for number, (name, module) in enumerate(linears(model).items()):
-        module.name, module.number, module.context = name, number, context

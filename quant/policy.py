@@ -16,7 +16,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from quant.linear import linears
-from quant.recipe import Recipe, Rule
+from quant.recipe import Recipe, Rule, Sites
+from quant.site import sites
 from quant.spec import known
 
 
@@ -108,14 +109,24 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in runs)
 
 
+def assign_sites(model: nn.Module, specs: Sites) -> None:
+    """Set `.spec` of every Site."""
+    for site in sites(model):
+        site.spec = getattr(specs, site.kind)
+
+
 @contextmanager
 def unquantized(model: nn.Module) -> Iterator[None]:
-    """The same weights in the compute dtype: inside, no Linear has a recipe."""
-    before = {name: module.recipe for name, module in linears(model).items()}
+    """The same weights in the compute dtype: inside, no Linear has a recipe and no Site a spec."""
+    before = [(module, module.recipe) for module in linears(model).values()], [(site, site.spec) for site in sites(model)]
     try:
-        for module in linears(model).values():
+        for module, _ in before[0]:
             module.recipe = None
+        for site, _ in before[1]:
+            site.spec = None
         yield
     finally:
-        for name, module in linears(model).items():
-            module.recipe = before[name]
+        for module, recipe in before[0]:
+            module.recipe = recipe
+        for site, spec in before[1]:
+            site.spec = spec

@@ -8,12 +8,12 @@ A Recipe says what happens to the six operands of a Linear; a Rule gives Linears
 Linears, and Weights is how the weights themselves are kept. An operand left out stays in the compute dtype.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Literal
 
 from pydantic import Field
 
-from quant.spec import Choice, Spec, frozen
+from quant.spec import Choice, QuantSpec, Spec, frozen
 
 
 @frozen
@@ -91,6 +91,55 @@ class Recipe:
 
     def short(self) -> dict[str, str]:
         return {name: spec.short() if spec else "-" for name, spec in self.operands().items()}
+
+
+@frozen
+class Sites:
+    """Operands outside of the GEMMs of Linears (quant/site.py), for the whole model. norm_gain: the gains of all norms.
+    scores: q k^T / sqrt(d) of attention before its softmax. residual: the stream after each addition to it."""
+
+    norm_gain: Spec | None = None
+    scores: Spec | None = None
+    residual: Spec | None = None
+
+    def __post_init__(self):
+        for field in fields(self):
+            if spec := getattr(self, field.name):
+                _plain(spec, field.name)
+
+    def short(self) -> dict[str, str]:
+        return {field.name: spec.short() for field in fields(self) if (spec := getattr(self, field.name))}
+
+
+@frozen
+class Weights:
+    """How weights are kept between steps (quant/update.py).
+
+    store: nothing for fp32, or the spec whose values they have; its rounding is that of the update.
+    kahan: carry what rounding has cut off into the next step (for unscaled stores). match: globs over parameter names.
+    """
+
+    store: QuantSpec | None = None
+    kahan: bool = False
+    match: tuple[str, ...] = ("*",)
+
+    def __post_init__(self):
+        if self.store:
+            _plain(self.store, "store")
+            if self.store.hadamard:
+                raise ValueError(f"store: expected weights in their own basis, not hadamard {self.store.hadamard}")
+        if self.kahan and not (self.store and self.store.scale.format == "none"):
+            raise ValueError("kahan: expected a store of an unscaled format, e.g. bf16, whose grid does not move")
+
+    @property
+    def nearest(self) -> QuantSpec:
+        """The store, rounded to nearest."""
+        return replace(self.store, rounding="nearest", scale=replace(self.store.scale, rounding="nearest"))
+
+
+def _plain(spec: Spec, what: str) -> None:
+    if spec.scale.history or spec.center or spec.source != "original":
+        raise ValueError(f"{what}: history, center and source are for operands of a Linear, not {spec.short()}")
 
 
 # The number of an operand is its `use` in a random Key; 16 + the number of the GEMM's first operand is that of its signs,

@@ -32,6 +32,9 @@ VARIANTS = {
         str(ROOT / "configs/nvfp4.toml"),
         [f'recipes.{r}.wgrad.{o}.signs="fresh"' for r in ("nvfp4", "nvfp4-backward") for o in "gx"],
     ),
+    "fp8-delayed": (str(ROOT / "configs/fp8-delayed.toml"), ["specs.f8.scale.history=3"]),
+    "bf16-kahan": (str(ROOT / "configs/bf16-kahan.toml"), []),
+    "dqt": (str(ROOT / "configs/dqt.toml"), []),
 }
 
 
