@@ -91,8 +91,9 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
         else:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
-            scores = self.scores(q @ k.mT * self.head_dim**-0.5).to(torch.float32)
             future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+            scores = (q @ k.mT * self.head_dim**-0.5).masked_fill(future, 0)  # before a block's scale could see the future
+            scores = self.scores(scores).to(torch.float32)
             y = scores.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 

@@ -15,6 +15,10 @@ two's complement, with an implicit scale of 2^(2 - n), as MXINT8 has it; the mos
 All of it is fp32 and int32 arithmetic that gives the same bits on every device; no cast decides a rounding (casts differ
 between torch, Triton's interpreter and hardware).
 
+There are two ways to e and t, of the same bits. Eager code takes the exponent from the bit pattern of x, three operations.
+Compiled C++ takes a view between fp32 and int32 through memory, at the cost of ten operations; there, formats of up to 32
+binades find theirs by halving: is x at least 2^(emin + 16), if so x /= 2^16, is it at least 2^(emin + 8), ...
+
 A format that is a table of values instead is in codebooks.py, with the same methods. Left out: formats wider than 19 bits.
 """
 
@@ -59,6 +63,7 @@ class Format:
     max: float = field(init=False)
     tiny: float = field(init=False)  # smallest positive value, a subnormal
     nan_code: int | None = field(init=False)  # what is written for NaN and Inf, None if all codes are finite
+    halvings: tuple[int, ...] | None = field(init=False)  # by how many binades, as above; None where there are too many
 
     def __post_init__(self):
         E, M = self.exponent_bits, self.mantissa_bits
@@ -80,6 +85,9 @@ class Format:
             object.__setattr__(self, name, value)
         object.__setattr__(self, "max", self._magnitude(top))
         object.__setattr__(self, "tiny", self.zero or self._magnitude(1))
+        steps = 0 if self.integer else (self.emax - self.emin).bit_length()
+        found = tuple(2**i for i in reversed(range(steps))) if steps <= 5 and emin - M >= -126 else None
+        object.__setattr__(self, "halvings", found)
 
     def _magnitude(self, code: int) -> float:
         field = max(code >> self.mantissa_bits, 1)
@@ -106,51 +114,58 @@ class Format:
         rounding: see quant/rounding.py; ties go to the even code, without mantissa bits upwards (IEEE 754-2019, 4.3.1).
         random: int in [0, 2^N), same shape, for stochasticN.
         """
-        bits = x.view(torch.int32)
-        quanta, e = self._quanta(x, bits, rounding, random)
-        quanta = torch.where(quanta == quanta, quanta, 0.0)  # the int of a NaN is not defined
-        code = quanta.to(torch.int32) + ((e - ((self.emin + 127) << 23)) >> (23 - self.mantissa_bits))
-        code = code.clamp(max=self.max_code)
+        quanta, below = self._quanta(x, rounding, random, codes=True)
+        code = torch.where(x == x, quanta + below, 0.0)  # the int of a NaN is not defined
+        code = code.to(torch.int32).clamp(max=self.max_code)
         sign = 1 << (self.bits - 1)
+        negative = torch.copysign(torch.ones_like(x), x) < 0
         if not self.signed:
-            code = torch.where(bits < 0, self.nan_code if self.zero else 0, code)
+            code = torch.where(negative, self.nan_code if self.zero else 0, code)
         elif self.integer:
-            code = torch.where(bits < 0, -code & (2 * sign - 1), code)
+            code = torch.where(negative, -code & (2 * sign - 1), code)
         else:
-            code = torch.where(bits < 0, code + sign, code)
+            code = torch.where(negative, code + sign, code)
         if not self.negative_zero:
             code = torch.where(code == sign, 0, code)
         if self.nan_code is None:
             return torch.where(x == x, code, self.max_code)
         # The sign of a NaN that arithmetic made differs between CPUs and compilers: no code depends on it.
-        return torch.where((bits & FLOAT32_EXPONENT) == FLOAT32_EXPONENT, self.nan_code, code)
+        return torch.where(x.isfinite(), code, self.nan_code)
 
     def round(self, x: Tensor, rounding: str = "nearest", random: Tensor | None = None) -> Tensor:
         """fp32 [...] -> fp32 values of this format: decode(encode(x)), except that NaN stays NaN and Inf saturates.
 
-        A third of the operations of going through the codes, and what an emulated GEMM needs.
+        Fewer operations than going through the codes, and what an emulated GEMM needs.
         """
-        bits = x.view(torch.int32)
-        quanta, e = self._quanta(x, bits, rounding, random)
-        value = (quanta * 2.0**-self.mantissa_bits * e.view(torch.float32)).clamp(max=self.max)
+        quanta, unit = self._quanta(x, rounding, random, codes=False)
+        value = (quanta * unit).clamp(max=self.max)
         if not self.signed:
-            return torch.where(bits < 0, torch.where(x == x, 0.0, x), value)
+            return torch.where(torch.copysign(torch.ones_like(x), x) < 0, torch.where(x == x, 0.0, x), value)
         if self.integer or not self.negative_zero:  # no zero with a sign
-            return torch.where((bits < 0) & (value != 0), -value, value)
-        return torch.where(bits < 0, -value, value)
+            return torch.where(x < 0, torch.where(value != 0, -value, value), value)
+        return torch.copysign(value, x)
 
-    def _quanta(self, x: Tensor, bits: Tensor, rounding: str, random: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x fp32, its bit patterns -> (fp32: |x| in quanta, rounded to an integer; 2^e as an fp32 bit pattern).
-
-        Views between fp32 and int32 are few on purpose: compiled C++ takes them through memory, and each costs as much
-        as ten operations.
-        """
+    def _quanta(self, x: Tensor, rounding: str, random: Tensor | None, codes: bool) -> tuple[Tensor, Tensor | float]:
+        """x fp32 -> (|x| in quanta, rounded to an integer, as fp32; the size of a quantum, or if `codes` how many codes lie
+        below quantum 0 of that binade, as fp32)."""
+        m, emin = self.mantissa_bits, self.emin
+        if self.halvings is not None and (self.integer or torch.compiler.is_compiling()):
+            a = x.abs().clamp(max=self.max)
+            second = torch.full_like(x, 0.0 if codes else 2.0 ** (emin - m))
+            for binades in self.halvings:
+                more = a >= 2.0 ** (emin + binades)
+                a = torch.where(more, a * 2.0**-binades, a)
+                second = torch.where(more, second + float(binades << m) if codes else second * 2.0**binades, second)
+            return round_quanta(a * 2.0 ** (m - emin), m + 3, rounding, random), second
         top = min(self.emax + 2, 127)  # a binade that saturates, where fp32 has one
         a = x.abs().clamp(max=2.0**top * (2 - 2.0**-23))
-        e = (bits & FLOAT32_EXPONENT).clamp((self.emin + 127) << 23, ((self.emin if self.integer else top) + 127) << 23)
+        e = (x.view(torch.int32) & FLOAT32_EXPONENT).clamp((emin + 127) << 23, (top + 127) << 23)
         # 2^(1 - e) rather than 2^-e: its exponent field is 1 ... 254 for every e, so it is always a normal number.
-        t = a * ((255 << 23) - e).view(torch.float32) * 2.0 ** (self.mantissa_bits - 1)
-        return round_quanta(t, self.mantissa_bits + 3, rounding, random), e
+        t = a * ((255 << 23) - e).view(torch.float32) * 2.0 ** (m - 1)
+        quanta = round_quanta(t, m + 3, rounding, random)
+        if codes:
+            return quanta, ((e - ((emin + 127) << 23)) >> (23 - m)).to(torch.float32)
+        return quanta * 2.0**-m, e.view(torch.float32)
 
     def decode(self, code: Tensor) -> Tensor:
         """int codes [...] -> fp32 values [...], exactly; codes above `max` are NaN (or Inf, see the class)."""
@@ -163,7 +178,12 @@ class Format:
         magnitude = code & (sign - 1)
         steps = ((magnitude >> m) - 1).clamp(min=0)  # binades above the lowest
         significand = (magnitude - (steps << m)).to(torch.float32) * 2.0**-m
-        value = significand * ((steps + (emin + 127)) << 23).view(torch.float32)
+        if self.halvings is not None and torch.compiler.is_compiling():
+            value = significand * 2.0**emin
+            for binades in self.halvings:
+                value = torch.where((steps & binades) > 0, value * 2.0**binades, value)
+        else:
+            value = significand * ((steps + (emin + 127)) << 23).view(torch.float32)
         if self.nan_code is not None and self.negative_zero:
             value = torch.where(magnitude > self.max_code, math.nan, value)
             if m and self.signed and (self.max_code + 1) & ((1 << m) - 1) == 0:

@@ -53,6 +53,22 @@ def pack(codes: Tensor, bits: int, axis: int) -> Tensor:
     return (low | high << 4).to(torch.uint8)
 
 
+def join_nibbles(codes: Tensor) -> Tensor:
+    """int64, eight codes of up to 4 bits in as many bytes -> int32, the same as `pack` has them in memory, without a stride of
+    two bytes, which no vector unit likes."""
+    codes = (codes | codes >> 4) & 0x00FF00FF00FF00FF
+    codes = (codes | codes >> 8) & 0x0000FFFF0000FFFF
+    return (codes | codes >> 16).to(torch.int32)
+
+
+def part_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `join_nibbles`."""
+    codes = packed.to(torch.int64) & 0xFFFFFFFF
+    codes = (codes | codes << 16) & 0x0000FFFF0000FFFF
+    codes = (codes | codes << 8) & 0x00FF00FF00FF00FF
+    return (codes | codes << 4) & 0x0F0F0F0F0F0F0F0F
+
+
 def split(packed: Tensor, bits: int) -> tuple[Tensor, ...]:
     """The codes of `packed` as int32, one tensor for each code of a byte, the even ones first."""
     packed = packed.to(torch.int32)
@@ -106,7 +122,8 @@ class QTensor:
         """Decode scale of each block, [R / b0, K / b1], in the scale's own torch dtype; codes where there is no such dtype
         (uint8: of e8m0 the biased exponents). None if unscaled. Under a Choice of two element formats a negative one means
         that the block is of the second."""
-        fmt = FORMATS.get(self.spec.scale.format)
+        name = self.spec.scale.format
+        fmt = FORMATS[name] if name in FORMATS else None
         return self.scale_codes if fmt is None or fmt.torch_dtype is None else self.scale_codes.view(fmt.torch_dtype)
 
     @property

@@ -65,7 +65,11 @@ class Recipe:
                 )
                 raise ValueError(f"{what}: both operands of a GEMM must be rotated alike, or the product changes")
         if (self.rotate or self.clip) and not (self.fprop.x and self.fprop.w):
-            raise ValueError("rotate and clip are about quantised operands of fprop: expected specs for fprop.x and fprop.w")
+            missing = [f"fprop.{name}" for name in ("x", "w") if not getattr(self.fprop, name)]
+            raise ValueError(
+                f"rotate = {self.rotate}, clip = {self.clip} are about quantised operands of fprop, and there is no spec for "
+                + " and ".join(missing)
+            )
         for name, spec in self.operands().items():
             if spec:
                 self._check_operand(name, spec)

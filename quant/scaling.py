@@ -53,13 +53,20 @@ def stated_sum(x: Tensor, axis: int) -> Tensor:
     return x
 
 
-def statistic(blocks: Tensor, scale: Scale) -> Tensor:
-    """blocks [P / p, p, Q / q, q] -> fp32 [P / p, 1, Q / q, 1]: the largest magnitude of each block, NaN if it has one; or the
-    standard deviation, sqrt(mean of squares - squared mean) (QuEST, arXiv:2502.05003)."""
+def block_sum(blocks: Tensor, axis: int) -> Tensor:
+    """Sums over blocks [P / p, p, Q / q, q], first along the contraction on `axis`, so that a transposed view has the same."""
+    return stated_sum(stated_sum(blocks, axis), 4 - axis)
+
+
+def statistic(blocks: Tensor, scale: Scale, axis: int = 3) -> Tensor:
+    """blocks [P / p, p, Q / q, q], whose contraction runs along `axis` (1 or 3) -> fp32 [P / p, 1, Q / q, 1]: the largest
+    magnitude of each block, NaN if it has one; or the standard deviation, sqrt(mean of squares - squared mean) (QuEST,
+    arXiv:2502.05003)."""
     if scale.statistic == "absmax":
+        blocks = blocks.to(torch.float32) if torch.compiler.is_compiling() else blocks  # (compiled, BF16 would be so twice)
         return blocks.abs().amax((1, 3), keepdim=True).to(torch.float32)
     x, count = blocks.to(torch.float32), blocks.shape[1] * blocks.shape[3]
-    mean, squares = (stated_sum(stated_sum(v, 3), 1) * (1 / count) for v in (x, x * x))
+    mean, squares = (block_sum(v, axis) * (1 / count) for v in (x, x * x))
     return (squares - mean * mean).clamp(min=0).sqrt()
 
 
@@ -109,7 +116,7 @@ def block_scales(a: Tensor, spec: QuantSpec, axis: int, held: Tensor | None = No
             whole = outer_amax(a, spec, axis)
             outer = ((torch.full_like(whole, element.max) / whole).view(torch.int32) >> 15) & 0xFF
             factor, whole = (repeat(v, axis, scale.group // spec.block[1]) for v in (_significand(outer), whole))
-            a = torch.where(whole.isfinite(), a * factor, torch.nan)
+            a = torch.where(whole.isfinite(), (a * factor).clamp(max=FLT_MAX), torch.nan)
         elif factor != 1:
             outer = torch.full((), 1 / factor, device=a.device)
         code = power_of_two(a, *threshold(spec))
@@ -140,11 +147,14 @@ def _in_place_of(amax: Tensor, held: Tensor | None) -> Tensor:
     return amax if held is None else torch.where((held > 0) & amax.isfinite(), held, amax)
 
 
-def eden(y: Tensor, q: Tensor, decoded: Tensor, spec: QuantSpec, axis: int, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """MS-EDEN: y and its quantised values q, fp32 blocks [P / p, p, Q / q, q] along `axis`, decoded scales
+def eden(x: Tensor, codes: Tensor, decoded: Tensor, spec: QuantSpec, axis: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """MS-EDEN: x = fl(y * enc) and what it was rounded to, fp32 blocks [P / p, p, Q / q, q] along `axis`, and decoded scales
     -> (codes of the corrected scales, decoded): <y, y> / <y, q> of the Hadamard tile times the scale, rounded stochastically.
+
+    y = x * decoded and q = codes * decoded stand for both, but for the outer scale: so the sums stay within fp32's range.
     """
     tile = spec.hadamard // spec.block[1]
+    y, q = x * decoded, codes * decoded
     dots = (stated_sum(v, axis).unflatten(axis - 1, (-1, tile)) for v in (y * y, y * q))
     yy, yq = (repeat(stated_sum(dot, axis).squeeze(axis), axis - 1, tile) for dot in dots)
     fmt = FORMATS[spec.scale.format]
@@ -193,13 +203,19 @@ def decode_scale(codes: Tensor, spec: QuantSpec | Choice) -> Tensor:
     """Stored scales -> fp32, whatever a Choice has written into their sign."""
     if spec.scale.format == "fp32":
         return codes
-    fmt = FORMATS[spec.scale.format]
-    return fmt.decode(codes.to(torch.int32) & ((1 << (fmt.bits - 1)) - 1) if len(spec.elements) > 1 else codes)
+    return FORMATS[spec.scale.format].decode(
+        codes.to(torch.int32) & (sign_of(spec.scale) - 1) if len(spec.elements) > 1 else codes
+    )
+
+
+def sign_of(scale: Scale) -> int:
+    """The sign bit of a stored scale."""
+    return 1 << (FORMATS[scale.format].bits - 1)
 
 
 def second(codes: Tensor, spec: QuantSpec | Choice) -> Tensor | None:
     """Which blocks a Choice of two element formats gave the second one, by the sign of their stored scales; else None."""
-    return None if len(spec.elements) == 1 else codes.to(torch.int32) >> (FORMATS[spec.scale.format].bits - 1) != 0
+    return None if len(spec.elements) == 1 else (codes.to(torch.int32) & sign_of(spec.scale)) > 0
 
 
 def threshold(spec: QuantSpec) -> tuple[float, bool]:

@@ -183,6 +183,10 @@ class QuantSpec:
                 "correction 'eden' needs a Hadamard transform with signs 'fresh': with fixed ones the same error comes back "
                 "in every micro-batch, and averaging 64 of them gains 0.06 bits, not 3"
             )
+        if scale.correction == "eden" and FORMATS[scale.format].exponent_bits > 6:
+            raise ValueError(f"correction 'eden': squares of scales {scale.format!r} leave fp32's range, expected e4m3 or e5m3")
+        if scale.correction == "eden" and scale.group % (self.hadamard or 1):
+            raise ValueError(f"correction 'eden': outer {scale.outer!r} must be a multiple of hadamard {self.hadamard}")
         if scale.correction == "eden" and (self.block[0] != 1 or not 1 <= self.block[1] <= self.hadamard or self.stochastic):
             raise ValueError(
                 f"correction 'eden' is for elements rounded to nearest, in blocks [1, N] within a tile of hadamard "
@@ -270,7 +274,7 @@ def _shared(name: str) -> property:
 class Choice:
     """Several specs, and for each block the one whose values come closest; the first of those that come as close.
 
-    by: squared_error | absolute_error (sums over the block) | largest_error.
+    by: squared_error | absolute_error (sums over the block) | largest_error, in fp32: squares of errors below 1e-22 are all 0.
     Candidates may differ in the targets of their scales (four-over-six, arXiv:2512.02010: the block's amax to 6 or to 4;
     decoding needs no flag), and two of them in their element format (IF4, arXiv:2603.28765): then the sign bit of the block
     scale, which must be a signed format, says which. All the rest they share, the outer scale included.
@@ -289,8 +293,9 @@ class Choice:
             for name, a, b in pairs:
                 if a != b:
                     raise ValueError(f"candidates must have the same {name}, not {a!r} and {b!r}")
-        fmt = FORMATS.get(first.scale.format)
-        if len(self.elements) > 1 and (len(self.candidates) > 2 or not (isinstance(fmt, Format) and fmt.signed)):
+        fmt = FORMATS[first.scale.format] if first.scale.format in FORMATS else None
+        free = isinstance(fmt, Format) and fmt.signed and fmt.negative_zero  # (without one the sign bit is a NaN)
+        if len(self.elements) > 1 and (len(self.candidates) > 2 or not free):
             raise ValueError(
                 f"candidates of different element formats, {', '.join(e.name for e in self.elements)}: expected two, and block "
                 f"scales of a signed format, whose sign bit says which; not {len(self.candidates)} with {first.scale.format!r}"
@@ -308,12 +313,15 @@ class Choice:
 
     @property
     def elements(self) -> tuple[Format | Codebook, ...]:
-        return tuple(dict.fromkeys(spec.element for spec in self.candidates))
+        formats: list[str] = []  # (torch.compile does not trace the hash of a format, as a set would take it)
+        for spec in self.candidates:
+            formats += [spec.format] * (spec.format not in formats)
+        return tuple(FORMATS[name] for name in formats)
 
     @property
     def element(self) -> Format | Codebook:
-        """The one with the largest value, for what asks about bits and range."""
-        return max(self.elements, key=lambda e: e.max)
+        """Of the first candidate: for what asks about bits, which all have alike, and range."""
+        return self.candidates[0].element
 
     @property
     def exact(self) -> bool:

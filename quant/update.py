@@ -70,7 +70,7 @@ class WeightStore:
         self.before = {}
 
     def describe(self) -> str:
-        """E.g. `weights: bf16 sr16, 31 of 31 tensors`; empty where all stay fp32."""
+        """E.g. `weights: bf16 unscaled sr16, 31 of 31 tensors`; empty where all stay fp32."""
         if not self.stored:
             return ""
         kahan = " with Kahan compensation" * self.weights.kahan

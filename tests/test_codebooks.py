@@ -1,8 +1,9 @@
 """quant/codebooks.py: posits have the values and the rounding of the posit standard's own construction, NF4 those of its
-quantiles; every mode of rounding goes where a search over all values in fp64 says.
+quantiles, IF4's integers those of exact fractions; every mode of rounding goes where a search over all values in fp64 says.
 """
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from quant.codebooks import Codebook
 from quant.formats import FORMATS
 from quant.rounding import ROUNDINGS, random_bits
 
-NAMES = ["nf4", "posit8-es0", "posit8-es1", "posit8-es2"]
+NAMES = ["nf4", "int4-6", "posit8-es0", "posit8-es1", "posit8-es2"]
 codebooks = pytest.mark.parametrize("fmt", [FORMATS[name] for name in NAMES], ids=NAMES)
 posits = pytest.mark.parametrize("es", [0, 1, 2])
 
@@ -123,3 +124,42 @@ def test_rounding(fmt, rounding):
     expected = torch.from_numpy(expected).float()
     assert_same_bits(fmt.round(x, rounding, noise), expected + 0.0, f"{fmt.name}, {rounding}")
     assert_same_bits(fmt.decode(fmt.encode(x, rounding, noise)), expected + 0.0, f"codes of {fmt.name}, {rounding}")
+
+
+# --- int4-6, the integers of IF4 (arXiv:2603.28765) ---
+
+
+def test_int4_6_is_int4_stretched_to_the_range_of_e2m1():
+    fmt = FORMATS["int4-6"]
+    for code, value in enumerate(fmt.values().tolist()):
+        k = code - 16 * (code >= 8)
+        if k == -8:  # has no opposite: INT4's other 15 codes are a grid about zero
+            assert math.isnan(value)
+            continue
+        around = [float(np.nextafter(np.float32(value), np.float32(end))) for end in (-np.inf, np.inf)]
+        errors = [abs(Fraction(v) - Fraction(6 * k, 7)) for v in (value, *around)]
+        assert errors[0] == min(errors), f"{value!r} is not the fp32 number nearest to {6 * k} / 7"
+        assert fmt.decode(torch.tensor(-k & 15)).item() == -value, "odd"
+    assert (fmt.bits, fmt.max, fmt.nan_code) == (4, FORMATS["e2m1"].max, 8)
+
+
+def test_every_edge_of_int4_6():
+    """64 fp32 numbers to either side of each midpoint of neighbouring values; sums and differences of two are exact in fp64."""
+    fmt = FORMATS["int4-6"]
+    grid = fmt.values().double().numpy()[[*range(9, 16), *range(8)]]
+    ks = np.arange(-7, 8)
+    middle = ((grid[:-1] + grid[1:]) / 2).astype(np.float32)
+    x = (middle[:, None].view(np.int32) + np.arange(-64, 65, dtype=np.int32)).view(np.float32)
+    doubled, edges = 2 * x.astype(np.float64), (grid[:-1] + grid[1:])[:, None]
+    up = (doubled > edges) | ((doubled == edges) & (ks[1:, None] % 2 == 0))
+    expected = np.where(up, ks[1:, None], ks[:-1, None]) & 15
+    assert_same_bits(fmt.encode(torch.from_numpy(x)), torch.from_numpy(expected).to(torch.int32), "beside the edges")
+    assert fmt.encode(torch.tensor([3.0, -3.0])).tolist() == [4, 12], "3 is half-way between 18/7 and 24/7: the even one"
+
+
+def test_ends_and_what_is_special_of_int4_6():
+    x = torch.tensor([6.0, 6.5, 3e38, -6.0, -7.0, -3e38, 0.0, -0.0, 1e-45, -0.4, math.nan, math.inf, -math.inf])
+    fmt = FORMATS["int4-6"]
+    assert fmt.encode(x).tolist() == [7, 7, 7, 9, 9, 9, 0, 0, 0, 0, 8, 8, 8]
+    ends = torch.tensor([6.0, 6.0, 6.0, -6.0, -6.0, -6.0, 0.0, 0.0, 0.0, 0.0, math.nan, 6.0, -6.0])
+    assert_same_bits(fmt.round(x), ends, "values: NaN stays, Inf saturates, zero has no sign")

@@ -18,7 +18,8 @@ from helpers import assert_same_bits
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from quant import Context, Linear, QuantSpec, Recipe, fuse, quantize
+from configs import load
+from quant import Choice, Context, Linear, QuantSpec, Recipe, fuse, quantize
 from quant.quantize import decoded_values, quantized_values, rotated
 from quant.random import Key, random_ints
 from quant.spec import Scale
@@ -160,7 +161,12 @@ SPECS = [NV, SQUARE, RHT, SR8, QuantSpec(rounding="stochastic"), QuantSpec(scale
          QuantSpec("e5m2", (-1, -1), Scale("fp32")), QuantSpec("int8", (1, -1), Scale("fp32"), "stochastic8"),
          QuantSpec("int4", (1, 32), Scale("bf16")), QuantSpec("int16", (-1, -1), Scale("e8m0", rule="ceil")),
          QuantSpec("e4m3-fnuz", (-1, -1), Scale("fp32")), QuantSpec("e8m3", scale=Scale("none")),
-         QuantSpec("nf4", (1, 32), Scale("fp32")), QuantSpec("posit8-es1", (1, 32), Scale("e8m0", rule="rceil"))]  # fmt: skip
+         QuantSpec("nf4", (1, 32), Scale("fp32")), QuantSpec("posit8-es1", (1, 32), Scale("e8m0", rule="rceil")),
+         Choice((QuantSpec(scale=Scale(target=6, outer_target=256)), QuantSpec(scale=Scale(target=4, outer_target=384)))),
+         Choice((NV, QuantSpec("int4-6")), "absolute_error"), QuantSpec(scale=Scale("e5m3", rounding="stochastic8")),
+         QuantSpec(hadamard=32, signs="fresh", rounding="inward", scale=Scale(rounding="stochastic", correction="eden")),
+         QuantSpec("e2m1", (1, 32), Scale("e8m0", "1x64", outer_format="m8")),
+         QuantSpec("ue4m4b7", (1, 32), Scale("bf16"))]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -230,6 +236,28 @@ def check_linear(recipe: Recipe, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["bf16", "fp32"])
 def test_a_linear_forward_and_backward(recipe, mode, compiler):
     check_linear(recipe, mode)
+
+
+FILES = sorted(path for path in (ROOT / "configs").glob("*.toml") if load(path).recipes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_linear_of_every_recipe(path, compiler):
+    """Codes, scales, outputs and gradients of two micro-batches in two steps, compiled and eager."""
+    for name, recipe in load(path).recipes.items():
+
+        def passed(recipe=recipe):
+            module, found = make(recipe, 128, 256), {}
+            for step in range(2):
+                module.context.at(step, 10 + step)
+                made = passes(module, module.weight, normal(128, 128, seed=step), normal(128, 256, seed=5 + step))
+                found |= {f"{key}, step {step}": value for key, value in made.items()}
+            if (q := module.quantized_weight()) is not None:
+                found |= {"codes of w": q.packed(), "scales of w": q.scale_codes, "w": module.dequantized(q)}
+            return found
+
+        both(passed, f"{path.stem}, {name}:")
 
 
 @pytest.mark.parametrize(
