@@ -30,7 +30,7 @@ class Operand(NamedTuple):
 
     def dense(self) -> Tensor:
         """fp32 [R, K]: fl(values * factor)."""
-        return self.values.to(torch.float32) if self.factor is None else run(_times, *self[:2], dtype=torch.float32)
+        return self.values.to(torch.float32) if self.factor is None else run(_times, self.values, self.factor, None, dtype=torch.float32)
 
 
 def pick_mode(wanted: str, device: torch.device) -> tuple[str, str]:
@@ -54,8 +54,8 @@ def gemm(a: Operand, b: Operand, dtype: torch.dtype, mode: str) -> Tensor:
     factors = [f for f in (a.factor, None if b.factor is None else b.factor.t()) if f is not None]
     if len(factors) == 2 and any(f.ndim == 0 for f in factors):  # (row by column: no matrix of products is made)
         factors = [factors[0] * factors[1]]
-    return run(_times, y, *factors, dtype=dtype) if factors else y.to(dtype)
+    return run(_times, y, *[*factors, None][:2], dtype=dtype) if factors else y.to(dtype)
 
 
-def _times(y, alpha, other=None, *, dtype):
+def _times(y, alpha, other, *, dtype):
     return (y.to(torch.float32) * (alpha if other is None else alpha * other)).to(dtype)

@@ -53,16 +53,21 @@ def pack(codes: Tensor, bits: int, axis: int) -> Tensor:
     return (low | high << 4).to(torch.uint8)
 
 
-def join_nibbles(codes: Tensor) -> Tensor:
-    """int64, eight codes of up to 4 bits in as many bytes -> int32, the same as `pack` has them in memory, without a stride of
-    two bytes, which no vector unit likes."""
+def join_nibbles(codes: Tensor, axis: int) -> Tensor:
+    """int64 [P, Q / 8], eight codes of up to 4 bits in as many bytes -> int64 [P / 2, Q / 8] along rows (`axis` 1), or int32
+    [P, Q / 8] (`axis` 3): the bytes of `pack`, eight at a time and not at a stride of two, which vector units dislike."""
+    if axis == 1:
+        low, high = codes.unflatten(0, (-1, 2)).unbind(1)
+        return low | high << 4
     codes = (codes | codes >> 4) & 0x00FF00FF00FF00FF
     codes = (codes | codes >> 8) & 0x0000FFFF0000FFFF
     return (codes | codes >> 16).to(torch.int32)
 
 
-def part_nibbles(packed: Tensor) -> Tensor:
+def part_nibbles(packed: Tensor, axis: int) -> Tensor:
     """The inverse of `join_nibbles`."""
+    if axis == 1:
+        return torch.stack([packed & 0x0F0F0F0F0F0F0F0F, packed >> 4 & 0x0F0F0F0F0F0F0F0F], 1).flatten(0, 1)
     codes = packed.to(torch.int64) & 0xFFFFFFFF
     codes = (codes | codes << 16) & 0x0000FFFF0000FFFF
     codes = (codes | codes << 8) & 0x00FF00FF00FF00FF

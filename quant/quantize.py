@@ -104,12 +104,12 @@ def _pack(blocks, enc, scale, noise, *, spec, axis, apart):
     return codes.to(torch.uint8) if apart == "apart" else pack(codes, spec.element.bits, axis)
 
 
-def _joined(codes):
-    return join_nibbles(codes)
+def _joined(codes, *, axis):
+    return join_nibbles(codes, axis)
 
 
-def _parted(packed):
-    return part_nibbles(packed)
+def _parted(packed, *, axis):
+    return part_nibbles(packed, axis)
 
 
 def _values(blocks, enc, scale, decoded, outer, noise, *, spec, axis):
@@ -253,11 +253,10 @@ def quantize(
     """
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     blocks, noise, codes, enc, _, outer, transposed, axis = _prepare(rows, spec, key, sign_key, held)
-    # Along rows two codes to a byte are joined eight at a time; along columns each row of bytes comes from two rows of codes.
-    apart = "apart" if spec.element.bits <= 4 and axis == 3 and blocks.numel() % 8 == 0 else ""
+    apart = "apart" if spec.element.bits <= 4 and blocks.shape[2] * blocks.shape[3] % 8 == 0 else ""
     packed = run(_pack, blocks, enc, codes, noise, spec=spec, axis=axis, apart=apart).flatten(2, 3).flatten(0, 1)
     if apart:
-        packed = run(_joined, packed.view(torch.int64)).view(torch.uint8)
+        packed = run(_joined, packed.view(torch.int64), axis=axis).view(torch.uint8)
     scale, outer = (
         part if part is None or part.ndim == 0 else logical(part.view(part.shape[0], part.shape[2]), transposed)
         for part in (codes, outer)
@@ -289,9 +288,11 @@ def decoded_values(q: QTensor) -> tuple[Tensor, Tensor | None]:
     axis = contraction_axis(transposed)
     rows, k = q.rows_and_k
     b0, b1 = q.spec.blocks_of(rows, k)
-    apart = "apart" if q.spec.element.bits <= 4 and axis == 3 and packed.shape[1] % 4 == 0 else ""
+    eight = torch.int64 if transposed else torch.int32  # codes, packed
+    aligned = torch.compiler.is_compiling() or packed.storage_offset() % eight.itemsize == 0
+    apart = "apart" if q.spec.element.bits <= 4 and aligned and packed.shape[1] % eight.itemsize == 0 else ""
     if apart:
-        packed = run(_parted, packed.view(torch.int32)).view(torch.uint8)
+        packed = run(_parted, packed.view(eight), axis=axis).view(torch.uint8)
     blocks = to_blocks(packed, (b0, b1 * packed.numel() // (rows * k)), transposed)
     scale, outer = (
         part if part is None or part.ndim == 0 else (part.t() if transposed else part)[:, None, :, None]

@@ -609,9 +609,9 @@ WRONG_RECIPES = [
     ({"rotate": 48}, "rotate 48: expected 0 (off) or a power of two"),
     ({"rotate": 1}, "rotate 1: expected 0 (off) or a power of two"),
     ({"rotate": -2}, "greater than or equal to 0"),
-    ({"rotate": 32}, "rotate = 32, clip = False are about quantised operands of fprop, and there is no spec for fprop.x and fprop.w"),
+    ({"rotate": 32}, "rotate = 32, clip = False are about quantised operands of fprop, and there is no spec for"),
     ({"rotate": 32, "fprop": Fprop(x=NV)}, "and there is no spec for fprop.w"),
-    ({"clip": True, "fprop": Fprop(w=NV)}, "clip = True are about quantised operands of fprop, and there is no spec for fprop.x"),
+    ({"clip": True, "fprop": Fprop(w=NV)}, "clip = True are about quantised operands of fprop, and there is no spec"),
     (
         {"fprop": Fprop(x=four_over_six(hadamard=32), w=NV)},
         "fprop.x has hadamard 32 with signs fixed and fprop.w has none: both operands of a GEMM must be rotated alike",
