@@ -1,136 +1,298 @@
-"""python bench.py [quantise|linear ...] [--size N] [--repeats N]: how long quantising takes, as ratios within one run.
+"""python bench.py [quantise|linear|step ...] [--size N] [--repeats N]: how long quantising takes, as ratios within one run.
 
-    quantise   one BF16 tensor [N, N] quantised and packed, against a copy of the same tensor (what memory alone would take)
-               and against other libraries where they are installed and can do it
-    linear     one Linear forward and backward (2048 tokens, 1024 x 1024), all operands quantised, against BF16;
-               bytes kept for backward
+    quantise   one BF16 tensor [N, N] quantised and packed: here, eagerly and compiled, and by torchao, gfloat and pychop where
+               they are installed; against a copy of the same tensor, which is what memory alone would take
+    linear     one Linear forward and backward (2048 tokens, 1024 x 1024), all operands of its recipe quantised, the weight
+               too, as after an optimiser's step; against BF16. Then the bytes of activations that it keeps for backward
+    step       Trainer.step of train.py with a model of d_model 512 on random tokens: forward, backward, clipping, AdamW, with
+               recipe and policy as the config files have them; against BF16
 
-Times are the least of several repeats, each thing in turn, so that a busy machine slows all alike; read the ratios.
-Left out so far: a whole training step, pychop and gfloat.
+Times are the least of several repeats, each row of a section in turn after one run to warm up, so that a busy machine slows
+all alike; read the ratios. A row measured on some rows of the tensor is scaled by the element (a small piece stays in the
+caches, to its advantage). What the project wants to reach is in TARGETS. The table is written to out/bench.txt too.
+Left out: dequantising, the memory of a step, data loading; and what others lack: blocks of 16x16 in torchao and pychop,
+stochastic rounding in torchao (on a CPU) and in pychop's blocks, transforms in all three. gfloat's scales are made in numpy.
 """
 
 import argparse
+import io
+import itertools
 import logging
+import platform
+import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from configs import load
-from quant import Context, Linear, QuantSpec, Recipe, Scale, fuse, quantize
+from configs import Config, load
+from quant import Context, Linear, QuantSpec, Scale, fuse, quantize
+from quant.gemm import pick_mode
+from quant.linear import linears
 from quant.random import Key
+from train import Trainer, keep_freed_memory
 
-NV = QuantSpec()
+ROOT = Path(__file__).parent
 SPECS = {
-    "nvfp4 1x16": NV,
+    "nvfp4 1x16": QuantSpec(),
     "nvfp4 16x16": QuantSpec(block=(16, 16)),
     "nvfp4 1x16 sr8": QuantSpec(rounding="stochastic8"),
     "nvfp4 1x16 rht16 sr8": QuantSpec(rounding="stochastic8", hadamard=16),
     "mxfp8 1x32": QuantSpec("e4m3", (1, 32), Scale("e8m0")),
 }
+CONFIGS = {"bf16": "tiny-bf16", "mxfp8": "mxfp8", "nvfp4": "nvfp4", "mor": "mor"}  # row -> config; without its file, no row
+WIDE = (
+    "model.d_model=512 model.ffn=2048 model.heads=8 model.kv_heads=4 model.head_dim=64 model.blocks=4 model.seq_len=256 "
+    "model.vocab_size=4096 data.vocab_size=4096 train.batch_size=8 train.micro_batches=1"
+).split()
+
+# (section, row): what it is compared with, at most ("<=") or at least (">=") how many times that.
+OURS = "ours nvfp4 1x16, compiled"
+TARGETS = {
+    ("quantise", OURS): ("copy", "<=", 12),
+    ("quantise", "torchao nvfp4 1x16, eager"): (OURS, ">=", 10),
+    ("quantise", "torchao nvfp4 1x16, compiled"): (OURS, ">=", 3),
+    ("linear", "mxfp8"): ("bf16", "<=", 1.35),
+    ("linear", "nvfp4"): ("bf16", "<=", 1.5),
+    ("kept", "nvfp4"): ("bf16", "<=", 0.36),
+    **{("step", row): ("bf16", "<=", 1.5) for row in ("mxfp8", "nvfp4", "mor")},
+}
 
 
-def least(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of each: the least of `repeats`, taken in turn, after one run to warm up."""
+class Table:
+    """Lines, printed as they come and kept for the file, and how the targets fared."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.fared: dict[str, list[str]] = {"met": [], "missed": [], "not measured": []}
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        self.lines.append(line)
+
+    def add(self, section: str, found: dict[str, float], notes: dict[str, str], unit: str = "ms", factor: float = 1e3) -> None:
+        """A line for each row, with its ratio to the first row and its target, if it has one."""
+        base = next(iter(found))
+        for row, value in found.items():
+            line = f"  {row:36} {value * factor:9.2f} {unit} {value / found[base]:8.2f} x {base}   {notes.get(row, ''):22}"
+            over, sense, limit = TARGETS.get((section, row), (None, "", 0))
+            if over in found:
+                ratio = value / found[over]
+                fared = "met" if (ratio <= limit if sense == "<=" else ratio >= limit) else "missed"
+                line += f"{ratio:.1f} x ours, " * (over != base) + f"target {sense} {limit:g}: {fared}"
+                self.fared[fared].append(f"{section} {row}")
+            self.say(line.rstrip())
+        absent = [row for (place, row), t in TARGETS.items() if place == section and not {row, t[0]} <= found.keys()]
+        self.fared["not measured"] += [f"{section} {row}" for row in absent]
+
+
+class Work(NamedTuple):
+    call: Callable[[], object]
+    fused: bool = True
+    share: float = 1.0  # of the tensor; seconds are divided by it
+
+
+def least(works: dict[str, Work], repeats: int) -> dict[str, float]:
+    """Seconds of each: the least of `repeats` (2 where nothing is fused, which is slow), in turn, after one to warm up."""
     best = dict.fromkeys(works, float("inf"))
     for turn in range(repeats + 1):
-        for name, work in works.items():
+        for name, (call, fused, share) in works.items():
+            if turn > min(repeats, 2) and not fused:
+                continue
+            fuse(fused)
             start = time.perf_counter()
-            work()
+            call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn:
-                best[name] = min(best[name], time.perf_counter() - start)
+                best[name] = min(best[name], (time.perf_counter() - start) / share)
     return best
 
 
-def torchao_nvfp4() -> Callable[[Tensor], object] | None:
-    """torchao's NVFP4 quantiser with a tensor scale, or None."""
+# --- quantise: what others have, each as row -> Work ---
+
+
+def torchao(x: Tensor) -> dict[str, Work]:
     logging.disable(logging.WARNING)  # about kernels for GPUs that it cannot load here
     try:
+        from torchao.prototype.mx_formats.config import ScaleCalculationMode
+        from torchao.prototype.mx_formats.mx_tensor import to_mx
         from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
-    except ImportError:
-        return None
     finally:
         logging.disable(logging.NOTSET)
-    return lambda x: nvfp4_quantize(x, 16, per_tensor_amax_to_scale(x.abs().max()))
+    eager = {
+        "torchao nvfp4 1x16": lambda x: nvfp4_quantize(x, 16, per_tensor_amax_to_scale(x.abs().max())),
+        "torchao mxfp8 1x32": lambda x: to_mx(x, torch.float8_e4m3fn, 32, scaling_mode=ScaleCalculationMode.RCEIL),
+    }
+    calls = {f"{row}, eager": f for row, f in eager.items()}
+    calls |= {f"{row}, compiled": torch.compile(f) for row, f in eager.items()}
+    return {row: Work(lambda f=f: f(x)) for row, f in calls.items()}
 
 
-def quantise(size: int, repeats: int, device: str) -> None:
-    x = torch.randn(size, size, device=device).to(torch.bfloat16)
+def gfloat(x: Tensor) -> dict[str, Work]:
+    """It rounds and encodes arrays of elements and of scales; blocks, amaxes and bytes are numpy's."""
+    import numpy as np
+    from gfloat import RoundMode, encode_ndarray, formats, round_ndarray
+
+    rows = max(16, len(x) // 16)
+    values, draws = x[:rows].float().cpu().numpy(), np.random.default_rng(0)
+
+    def one(spec: QuantSpec) -> tuple:
+        element, scale = (getattr(formats, f"format_info_ocp_{name}") for name in (spec.format, spec.scale.format))
+        mx, (b0, b1) = spec.scale.format == "e8m0", spec.block
+        blocks = values.reshape(rows // b0, b0, -1, b1)
+        amax = np.abs(blocks).max((1, 3), keepdims=True) / np.float32(element.max)
+        outer = np.float32(1) if mx else amax.max() / np.float32(scale.max)
+        s = round_ndarray(scale, amax / outer, RoundMode.TowardPositive if mx else RoundMode.TiesToEven, sat=True)
+        how = (RoundMode.TiesToEven, True)
+        if spec.stochastic:
+            how = (RoundMode.Stochastic, True, draws.integers(0, 256, blocks.shape), 8)
+        codes = encode_ndarray(element, round_ndarray(element, blocks / (s * outer), *how)).astype(np.uint8)
+        return codes if mx else codes[..., ::2] | codes[..., 1::2] << 4, encode_ndarray(scale, s).astype(np.uint8), outer
+
+    share, plain = rows / len(x), {f"gfloat {name}": spec for name, spec in SPECS.items() if not spec.hadamard}
+    return {row: Work(lambda spec=spec: one(spec), share=share) for row, spec in plain.items()}
+
+
+def pychop(x: Tensor) -> dict[str, Work]:
+    """OCP's formats alone, scaled by powers of two, with a Python call for each element; to values, not packed."""
+    from pychop import mx_quantize
+
+    rows = max(1, len(x) // 1024)
+    values = x[:rows].float().cpu().numpy()
+    kinds = {"pychop mxfp4 1x16": ("mxfp4_e2m1", 16), "pychop mxfp8 1x32": ("mxfp8_e4m3", 32)}
+    return {row: Work(lambda kind=kind: mx_quantize(values, *kind), share=rows / len(x)) for row, kind in kinds.items()}
+
+
+def quantise(table: Table, args: argparse.Namespace, device: torch.device) -> None:
+    size = args.size
+    x = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(torch.bfloat16)
     out = torch.empty_like(x)
-    works: dict[str, Callable[[], object]] = {"copy": lambda: out.copy_(x)}
-    for name, spec in SPECS.items():
-        works[f"ours {name}"] = lambda spec=spec: quantize(x, spec, Key(0) if spec.keyed else None)
-    if (theirs := torchao_nvfp4()) is not None:
-        works["torchao nvfp4 1x16, eager"] = lambda: theirs(x)
-        compiled = torch.compile(theirs)
-        works["torchao nvfp4 1x16, compiled"] = lambda: compiled(x)
-    print(f"\nquantise and pack [{size}, {size}] BF16")
-    found = least(works, repeats)
-    for name, seconds in found.items():
-        speed = size * size / seconds / 1e9
-        print(f"  {name:30} {seconds * 1e3:9.2f} ms {speed:7.2f} G elements/s {seconds / found['copy']:8.1f} x copy")
+    table.say(f"\nquantise and pack [{size}, {size}] BF16, least of {args.repeats} (ours eager: of {min(2, args.repeats)})")
+    works = {"copy": Work(lambda: out.copy_(x))}
+    for kind in ("eager", "compiled")[: 1 + ("fused" in fuse(True))]:
+        for name, spec in SPECS.items():
+            key = Key(0) if spec.keyed else None
+            works[f"ours {name}, {kind}"] = Work(lambda s=spec, k=key: quantize(x, s, k), kind == "compiled")
+    for library in (torchao, gfloat, pychop):
+        try:
+            for row, work in library(x).items():
+                work.call()  # compiles, where that is to be done, or fails
+                works[row] = work
+        except Exception as error:
+            why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            table.say(f"  {library.__name__}: left out where it fails ({why})")
+    found = least(works, args.repeats)
+    notes = {name: f"{size * size / seconds / 1e6:,.0f} M elements/s" for name, seconds in found.items()}
+    notes |= {name: f"on 1/{1 / works[name].share:.0f} of the rows" for name in found if works[name].share < 1}
+    table.add("quantise", found, notes)
 
 
-def linear(repeats: int, device: str, tokens: int = 2048, width: int = 1024) -> None:
-    x = torch.randn(tokens, width, device=device).to(torch.bfloat16).requires_grad_()
-    g = torch.randn(tokens, width, device=device).to(torch.bfloat16)
-    recipes: dict[str, Recipe | None] = {"bf16": None}
-    for name in ("mxfp8", "nvfp4"):
-        recipes[name] = load(f"configs/{name}.toml").recipes[name]
-    works, kept = {}, {}
-    for name, recipe in recipes.items():
+# --- linear and step: a row for each config ---
+
+
+def configs(overrides: list[str]) -> dict[str, Config]:
+    paths = {row: ROOT / "configs" / f"{stem}.toml" for row, stem in CONFIGS.items()}
+    return {row: load(path, overrides) for row, path in paths.items() if path.exists()}
+
+
+def linear(table: Table, args: argparse.Namespace, device: torch.device, tokens: int = 2048, width: int = 1024) -> None:
+    generator, repeats = torch.Generator(device).manual_seed(0), 4 * args.repeats
+    x, g = (torch.randn(tokens, width, device=device, generator=generator).to(torch.bfloat16) for _ in range(2))
+    x.requires_grad_()
+    works, kept, notes = {}, {}, {}
+    for name, config in configs([]).items():
         module = Linear(width, width, device=device)
-        module.recipe, module.context = recipe, Context(0, device=device)
+        module.context = Context(0, pick_mode("auto", device)[0], device)
+        module.recipe = config.recipes.get(config.policy[-1].recipe)  # that of all Linears without a rule of their own
 
         def once(module=module):
             x.grad = module.weight.grad = None
             torch.autograd.graph.increment_version(module.weight)  # as after an optimiser's step
             module(x).backward(g)
 
-        works[name], kept[name] = once, bytes_kept(module, x)
-    print(f"\none Linear forward and backward, {tokens} tokens, {width} x {width}")
-    found = least(works, repeats)
-    for name, seconds in found.items():
-        print(
-            f"  {name:12} {seconds * 1e3:8.2f} ms {seconds / found['bf16']:6.2f} x BF16"
-            f"   {kept[name] / 2**20:6.2f} MiB kept for backward, {kept[name] / kept['bf16']:.2f} of BF16"
-        )
+        works[name], kept[name] = Work(once), bytes_kept(module, x)
+        notes[name] = f"{sum(map(bool, module.recipe.operands().values())) if module.recipe else 0} of 6 operands"
+    table.say(f"\none Linear forward and backward, {tokens} tokens, {width} x {width}, least of {repeats}")
+    table.add("linear", least(works, repeats), notes)
+    table.say("\nactivations that this Linear keeps for backward")
+    table.add("kept", kept, {}, "MiB", 2**-20)
 
 
 def bytes_kept(module: Linear, x: Tensor) -> int:
     """Of activations, by what autograd saves; the weight is there anyway."""
-    seen = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if not (t.is_floating_point() and t.shape == module.weight.shape):  # (the weight in the compute dtype)
-            seen[t.data_ptr()] = t.numel() * t.element_size()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         module(x)
-    return sum(seen.values())
+    own = module.weight.shape  # a float of that shape is the weight in the compute dtype
+    return sum({t.data_ptr(): t.nbytes for t in saved if not (t.is_floating_point() and t.shape == own)}.values())
+
+
+def step(table: Table, args: argparse.Namespace, device: torch.device) -> None:
+    works, notes = {}, {}
+    for name, config in configs(WIDE).items():
+        m, t = config.model, config.train
+        ids = torch.randint(m.vocab_size, (t.batch_size, m.seq_len + 1), generator=torch.Generator().manual_seed(0))
+        batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        tokenizer = SimpleNamespace(bytes_per_token=[1.0] * m.vocab_size)
+        corpus = SimpleNamespace(tokenizer=tokenizer, batch=lambda *place, batch=batch: batch)  # all that a step asks of it
+        with redirect_stdout(io.StringIO()):  # the policy, which train.py prints
+            trainer = Trainer(config, run=None, corpus=corpus)
+            trainer.set_policy(0)
+        numbers = itertools.count()
+        works[name] = Work(lambda trainer=trainer, numbers=numbers: trainer.step(next(numbers)))
+        modules = linears(trainer.model).values()
+        notes[name] = f"{sum(module.recipe is not None for module in modules)} of {len(modules)} Linears"
+    sizes = f"{m.blocks} blocks of d_model {m.d_model}, {config.tokens_per_step} tokens"
+    table.say(f"\none training step, {sizes}, least of {args.repeats}")
+    table.add("step", least(works, args.repeats), notes)
+
+
+SECTIONS = {"quantise": quantise, "linear": linear, "step": step}
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Time the quantiser, as ratios.")
-    parser.add_argument("what", nargs="*", default=["quantise", "linear"], help="quantise | linear; default: both")
-    parser.add_argument("--size", type=int, default=8192, help="of the tensor to quantise (default 8192)")
-    parser.add_argument("--repeats", type=int, default=5, help="the least of so many counts (default 5)")
+    # Without a usage of its own, a misuse is one sentence. `all` is a word, since a default has to be one of the choices.
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=raw)
+    parser.add_argument("what", nargs="*", choices=[*SECTIONS, "all"], default="all", help="default: all")
+    parser.add_argument("--size", type=int, default=8192, help="N, a multiple of 32; default 8192")
+    parser.add_argument("--repeats", type=int, default=5, help="default 5; a Linear takes four times as many")
     args = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if unknown := {*args.what} - {"quantise", "linear"}:
-        parser.error(f"unknown {', '.join(sorted(unknown))}; there are quantise and linear")
-    print(fuse(True))
-    if "quantise" in args.what:
-        quantise(args.size, args.repeats, device)
-    if "linear" in args.what:
-        linear(args.repeats, device)
+    if args.size % 32 or not 32 <= args.size <= 2**14 or args.repeats < 1:
+        parser.error("--size is a multiple of 32 from 32 to 16384, and --repeats at least 1")
+    keep_freed_memory()  # as in training
+    table, device = Table(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M) or [platform.machine()]
+    names = names[:1] + [torch.cuda.get_device_name() for _ in range(device.type == "cuda")]
+    table.say(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {', '.join(names)}")
+    table.say(fuse(True))
+    for name, section in SECTIONS.items():
+        if name in args.what or "all" in args.what:
+            section(table, args, device)
+    table.say("")
+    for how, rows in table.fared.items():
+        table.say(f"targets {how}: {'; '.join(rows) or 'none'}")
+    path = ROOT / "out" / "bench.txt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(table.lines) + "\n", encoding="utf-8")
+    print(f"written to {path.relative_to(ROOT)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("\nbench.py: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        sys.exit(2)
