@@ -30,7 +30,9 @@ class Operand(NamedTuple):
 
     def dense(self) -> Tensor:
         """fp32 [R, K]: fl(values * factor)."""
-        return self.values.to(torch.float32) if self.factor is None else run(_times, self.values, self.factor, None, dtype=torch.float32)
+        if self.factor is None:
+            return self.values.to(torch.float32)
+        return run(_times, self.values, self.factor, None, dtype=torch.float32)
 
 
 def pick_mode(wanted: str, device: torch.device) -> tuple[str, str]:

@@ -11,7 +11,8 @@ optimisers do not advance that counter: after theirs, call torch.autograd.graph.
 
     rotate      x H and w H stand for x and w in all three GEMMs, H the normalised Hadamard matrix; dx and dw are turned back
     clip        dx and dw are 0 where fprop clipped x or w
-    center      x = 1 m^T + r with m the token mean:  y = r w^T + 1 (w m)^T,  dw = g^T r + (g^T 1) m^T; only r is quantised
+    center      x = 1 m^T + r with m the token mean:  y = r w^T + 1 (w m)^T,  dw = g^T r + (g^T 1) m^T; only r is quantised, and
+                m multiplied in fp32, by fprop's quantised w, so that a packed checkpoint has the forward of training
     history     a Scale's amaxes of earlier steps, the one state a Linear has: buffers `history_GEMM_OPERAND`, [2, N + 1]
                 steps and amaxes; a step's amax is the largest of its micro-batches, and serves later steps only
 
@@ -244,7 +245,7 @@ class _Quantized(torch.autograd.Function):
         a = module._operand("fprop.x", fprop_x, rest if fprop_x and fprop_x.center else x)
         b = module._weight("fprop.w", recipe.fprop.w, dtype)
         if fprop_x and fprop_x.center:
-            y = (gemm(a, b, torch.float32, mode) + linear(mean, module._source().to(torch.float32))).to(dtype)
+            y = (gemm(a, b, torch.float32, mode) + linear(mean, b.dense())).to(dtype)
         else:
             y = gemm(a, b, dtype, mode)
         if ctx.needs_input_grad[0] and recipe.clip:
