@@ -11,6 +11,8 @@ be set only where that already exists; a new one is given whole (specs.mine={lik
 Everything wrong with a file or an override is a ValueError of one sentence: file or override, key path, what was
 expected, and the nearest valid name.
 
+For editors schema.py writes schema.json, for README.md table.py the table of recipes.
+
 Left out: interpolation, environment variables, includes other than one `extends` a file.
 """
 

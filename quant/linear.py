@@ -108,7 +108,8 @@ class Linear(nn.Linear):
         return quantize(w, spec, *self._keys("fprop.w", spec), self._held("fprop.w", spec, w, note=False))
 
     def use(self, q: QTensor) -> None:
-        """Take these codes for fprop.w (and dgrad.w where W^T has the same ones) until the weight changes."""
+        """Take these codes for fprop.w (and what is made of it for dgrad.w) until the weight changes."""
+        self._cache.clear()
         self._cached("fprop.w", q.spec, lambda: Operand(*decoded_values(q)))
 
     def dequantized(self, q: QTensor) -> Tensor:
@@ -206,6 +207,8 @@ class Linear(nn.Linear):
         name = "fprop.w" if shared else operand
         if self.context.stats is not None:
             self._observe(operand, spec, w := self._original(operand, spec, dtype), self._held(name, spec, w))
+        elif spec.scale.history and self.training:  # noted also where an evaluation has filled the cache
+            self._held(name, spec, self._original(name, spec, dtype))
         found = self._cached(name, spec, lambda: self._quantized(name, spec, self._original(name, spec, dtype)))
         return found._replace(values=found.values.t()) if shared else found
 
@@ -223,8 +226,9 @@ class Linear(nn.Linear):
     def _cached(self, name: str, kind, make):
         if torch.compiler.is_compiling():
             return make()  # part of the compiled graph then
-        changing = isinstance(kind, QuantSpec | Choice) and (kind.keyed or kind.scale.history)
-        step = self.context.step if changing else None
+        specs = [kind] if isinstance(kind, QuantSpec | Choice) else []
+        specs += [self.recipe.fprop.w for spec in specs if spec.source == "fprop"]
+        step = self.context.step if any(spec.keyed or spec.scale.history for spec in specs) else None
         stamp = (self.weight._version, self.weight.data_ptr(), kind, self.recipe, step)
         if self._cache.get(name, (None,))[0] != stamp:
             self._cache[name] = (stamp, make())
@@ -249,7 +253,7 @@ class _Quantized(torch.autograd.Function):
         else:
             y = gemm(a, b, dtype, mode)
         if ctx.needs_input_grad[0] and recipe.clip:
-            mask = module._mask("fprop.x", fprop_x, x)
+            mask = module._mask("fprop.x", fprop_x, rest if fprop_x.center else x)
         if ctx.needs_input_grad[1] and wgrad_x:
             x = a.dense() if wgrad_x.source == "fprop" else rest if wgrad_x.center else x
             held, keys = module._held("wgrad.x", wgrad_x, x.t()), module._keys("wgrad.x", wgrad_x)

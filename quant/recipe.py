@@ -70,6 +70,9 @@ class Recipe:
                 f"rotate = {self.rotate}, clip = {self.clip} are about quantised operands of fprop, and there is no spec for "
                 + " and ".join(missing)
             )
+        for name in ("x", "w") if self.clip else ():
+            if size := getattr(self.fprop, name).hadamard:
+                raise ValueError(f"clip: fprop.{name} is clipped after its hadamard {size}, and gradients are not; use rotate")
         for name, spec in self.operands().items():
             if spec:
                 self._check_operand(name, spec)

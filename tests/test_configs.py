@@ -69,7 +69,7 @@ def file(request) -> Path:
 def test_every_file_loads_resolved(file):
     config = load(file)
     assert config.source == str(file)
-    assert all(isinstance(spec, QuantSpec) for spec in config.specs.values())
+    assert all(isinstance(spec, QuantSpec | Choice) for spec in config.specs.values())
     assert all(isinstance(recipe, Recipe) for recipe in config.recipes.values())
     assert config.policy and all(isinstance(rule, Rule) for rule in config.policy)
     used = {rule.recipe for rule in config.policy}

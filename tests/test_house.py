@@ -315,12 +315,9 @@ def test_scripts_that_make_runs_exist(target):
         assert (ROOT / script).is_file(), f"make {target} runs {script}"
 
 
-@pytest.fixture(scope="module")
-def readme() -> str:
-    path = ROOT / "README.md"
-    if not path.exists():
-        pytest.skip("README.md is not written yet")
-    return path.read_text(encoding="utf-8")
+@pytest.fixture(scope="module", params=["README.md", "docs/algebra.md"])
+def readme(request) -> str:
+    return (ROOT / request.param).read_text(encoding="utf-8")
 
 
 def commands(text: str) -> list[str]:

@@ -1,0 +1,160 @@
+"""python -m configs.table: write the table of recipes, one line for each config, between two comments in README.md.
+
+What its columns mean stands below it in README.md. All of it is computed from the config as resolved, at the start of the run,
+for the recipe that most FLOPs have; a paper is the first that the file's comment names (or that of the file which it extends);
+times are those in docs/measured.json.
+"""
+
+import json
+import re
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from configs import Config, load
+from model import GPT
+from quant import Context, WeightStore, assign, attach
+from quant.formats import FORMATS
+from quant.linear import Linear, linears
+from quant.recipe import OPERANDS
+from quant.spec import QuantSpec, Spec
+
+ROOT = Path(__file__).parent.parent
+README, MEASURED = ROOT / "README.md", ROOT / "docs/measured.json"
+BEGIN, END = "<!-- make table -->", "<!-- end of the table -->"
+HEAD = (
+    "config",
+    "paper",
+    "fprop x · w",
+    "dgrad g · w",
+    "wgrad g · x",
+    "scales",
+    "also",
+    "bits x, w",
+    "below 16 bits",
+    "step / BF16",
+)
+
+
+class Resolved:
+    """A config and its model at the start of the run, without memory."""
+
+    def __init__(self, config: Config):
+        self.config, self.tokens = config, config.train.batch_size * config.model.seq_len
+        with torch.device("meta"):
+            self.model = GPT(config.model)
+        attach(self.model, Context())
+        self.names = assign(self.model, config.recipes, config.policy)
+        stored = WeightStore(self.model, config.weights, 0).stored
+        self.store = {name: config.weights.store for name in self.names if f"{name}.weight" in stored}
+        work: dict[str, int] = {}
+        for name, module in linears(self.model).items():
+            work[self.names[name]] = work.get(self.names[name], 0) + module.weight.numel()
+        self.main = max((n for n in work if n != "bf16"), key=work.get, default="bf16")
+
+    def operands(self, module: Linear) -> dict[str, Spec | None]:
+        """As the recipe has them, a weight without a spec as its store has it."""
+        found = module.recipe.operands() if module.recipe else dict.fromkeys(OPERANDS)
+        return {o: self.store.get(module.name) if spec is None and o.endswith(".w") else spec for o, spec in found.items()}
+
+    def below_16(self) -> float:
+        done = total = 0
+        for module in linears(self.model).values():
+            for _, pair in groupby(self.operands(module).items(), lambda item: item[0][:5]):
+                total += module.weight.numel()
+                done += module.weight.numel() * all(s and all(e.bits < 16 for e in s.elements) for _, s in pair)
+        return done / total
+
+    def bits(self, operand: str) -> tuple[float, float]:
+        """(least, most) bits of an element: a choice may leave it to the data."""
+        plain = {"bf16": 16, "fp32": 32}[self.config.train.dtype]
+        low = high = count = 0
+        for name, module in linears(self.model).items():
+            if self.names[name] == self.main:
+                shape = (self.tokens if operand.endswith("x") else module.out_features), module.in_features
+                spec = self.operands(module)[operand]
+                found = [element_bits(s, *shape) for s in spec.candidates] if spec else [plain]
+                size = shape[0] * shape[1]
+                low, high, count = low + size * min(found), high + size * max(found), count + size
+        return low / count, high / count
+
+
+def element_bits(spec: QuantSpec, rows: int, k: int) -> float:
+    """Of codes, block scales and outer scales, for one element of an operand [rows, k]."""
+    scale, block = spec.scale, spec.blocks_of(rows, k)
+    bits = float(spec.element.bits)
+    if scale.format != "none":
+        bits += (32 if scale.format == "fp32" else FORMATS[scale.format].bits) / (block[0] * block[1])
+    if scale.outer != "none":
+        spans = scale.group or (k if scale.outer == "row" else rows * k)
+        bits += (8 if scale.macro else 32) / spans
+    return bits
+
+
+def shown(spec: Spec | None) -> str:
+    if spec is None:
+        return "-"
+    formats = "+".join(dict.fromkeys(s.format for s in spec.candidates))
+    if len(spec.candidates) > len(spec.elements):
+        formats = f"{len(spec.candidates)} × {formats}"
+    block = {(-1, -1): "tensor", (1, -1): "row"}.get(spec.block) or "x".join(map(str, spec.block))
+    return formats if spec.scale.format == "none" else f"{formats}/{block}"
+
+
+def words(spec: QuantSpec) -> tuple[str, list[str]]:
+    """(the scale without its targets, transforms and roundings), in the words of `short`."""
+    scale = spec.scale.short()
+    rest = [word for word in spec.short().split()[1:] if word != scale]
+    return re.sub(r"-(outer_)?target=[^-]+", "", scale), rest
+
+
+def paper(path: Path) -> str:
+    """The first arXiv number in the comment at the top, or of the file that it extends."""
+    text = path.read_text(encoding="utf-8")
+    comment = re.match(r"(?:#.*\n)*", text)[0]
+    if found := re.search(r"arXiv:(\d{4}\.\d{5})", comment):
+        return f"[{found[1]}](https://arxiv.org/abs/{found[1]})"
+    base = re.search(r'^extends = "(.+)"', text, re.M)
+    return paper(path.parent / base[1]) if base else "-"
+
+
+def also(r: Resolved, of_operands: list[str]) -> str:
+    """What the columns of formats do not say."""
+    recipe, weights = r.config.recipes.get(r.main), r.config.weights
+    found = [f"rotate{recipe.rotate}"] * (recipe.rotate > 0) + ["clip"] * recipe.clip if recipe else []
+    found += [f"{site}={shown(spec)}" for site, spec in vars(r.config.sites).items() if spec]
+    found += [f"weights={shown(weights.store)}" + "-kahan" * weights.kahan] if weights.store else []
+    return " ".join([*sorted(set(of_operands)), *found]) or "-"
+
+
+def row(path: Path, measured: dict) -> tuple[str, ...]:
+    r = Resolved(load(path))
+    specs = next(r.operands(m) for name, m in linears(r.model).items() if r.names[name] == r.main)
+    gemms = [(shown(a), shown(b)) for a, b in zip(*[iter(specs.values())] * 2, strict=True)]
+    found = [words(c) for s in specs.values() if s for c in s.candidates]
+    scales = dict.fromkeys(scale for scale, _ in found if scale != "unscaled")
+    bits = ["–".join(dict.fromkeys(f"{b:.2f}".rstrip("0").rstrip(".") for b in r.bits(o))) for o in ("fprop.x", "fprop.w")]
+    time = measured.get(path.stem, {}).get("step_ratio")
+    return (
+        *(f"[{path.stem}](configs/{path.name})", paper(path), *(a if a == b else f"{a} · {b}" for a, b in gemms)),
+        *(", ".join(scales) or "-", also(r, [word for _, some in found for word in some])),
+        *(", ".join(bits), f"{r.below_16():.0%}", f"{time:g}" if time else "-"),
+    )
+
+
+def table() -> str:
+    measured = json.loads(MEASURED.read_text())
+    files = [path for path in sorted((ROOT / "configs").glob("*.toml")) if path.stem != "base"]
+    rows = [HEAD, ("---",) * len(HEAD), *(row(path, measured) for path in files)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def renewed(text: str) -> str:
+    """A page with the table as it is now."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
