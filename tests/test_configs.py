@@ -16,7 +16,7 @@ import torch
 
 from configs import Config, check, differences, dump, load
 from model import GPT
-from quant import Context, QuantSpec, Recipe, Rule, Scale, assign, attach
+from quant import Choice, Context, QuantSpec, Recipe, Rule, Scale, assign, attach
 from quant.policy import switches
 
 ROOT = Path(__file__).parent.parent
