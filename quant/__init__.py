@@ -1,7 +1,7 @@
 """Quantisation as data: formats, specs, recipes, and the reference semantics in plain torch.
 
 Modules import in one direction:
-rounding, random, fuse < codebooks < formats < spec < recipe, scaling, transform < qtensor < quantize < metrics < gemm
+fuse < rounding, random < codebooks < formats < spec < recipe, scaling, transform < qtensor < quantize < metrics < gemm
 < linear < site, update < policy.
 """
 

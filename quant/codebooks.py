@@ -96,6 +96,10 @@ class Codebook:
         values = constants(self.ascending, torch.float32, x.device)
         return torch.where(x == x, values[self._place(torch.where(x == x, x, 0.0), rounding, random)], x)
 
+    def codes_of(self, value: Tensor, x: Tensor | None = None) -> Tensor:
+        """fp32 values of this format -> uint8 codes; x: what has been rounded, where Inf is to have the code of NaN."""
+        return self.encode(value if x is None else torch.where(x.isfinite(), value, math.nan)).to(torch.uint8)
+
     def decode(self, code: Tensor) -> Tensor:
         """int codes [...] -> fp32 values [...]."""
         return constants(self.table, torch.float32, code.device)[code.to(torch.int64)]

@@ -7,17 +7,24 @@ A format with E exponent bits, M mantissa bits and bias b stores a magnitude as 
 Read as a plain integer, the code counts the representable magnitudes upwards from zero. So rounding is one formula for
 normals, subnormals and the carry into the next binade alike:
 
-    e = max(floor(log2 |x|), emin)      t = |x| * 2^(M - e)      r = round(t)      code = r + ((e - emin) << M)
+    e = max(floor(log2 |x|), emin)      unit = 2^(e - M)      value = unit * round(|x| / unit)
 
-`t` is exact (a power of two times x), `r` counts quanta, and a carry (r = 2^(M+1)) lands on the right code by itself.
-Every rounding mode is a way to turn `t` into an integer. An integer of n bits is the case E = 0: one binade, M = n - 1, in
-two's complement, with an implicit scale of 2^(2 - n), as MXINT8 has it; the most negative code is never written.
-All of it is fp32 and int32 arithmetic that gives the same bits on every device; no cast decides a rounding (casts differ
-between torch, Triton's interpreter and hardware).
+and every rounding mode is a way to choose between the two multiples of the unit next to |x| (rounding.py). An integer of n
+bits is the case E = 0: one binade, M = n - 1, in two's complement, with an implicit scale of 2^(2 - n), as MXINT8 has it; the
+most negative code is never written. All of it is fp32 and int32 arithmetic that gives the same bits on every device; no cast
+decides a rounding (casts differ between torch, Triton's interpreter and hardware): what is cast lies on the grid already.
 
-There are two ways to e and t, of the same bits. Eager code takes the exponent from the bit pattern of x, three operations.
-Compiled C++ takes a view between fp32 and int32 through memory, at the cost of ten operations; there, formats of up to 32
-binades find theirs by halving: is x at least 2^(emin + 16), if so x /= 2^16, is it at least 2^(emin + 8), ...
+There are two ways to 2^e, and to a code from its value and back, of the same bits. Eager code takes the exponent from the bit
+pattern of x. Compiled C++ takes a view between fp32 and int32 through memory, at the cost of ten operations; there, with
+u = 3/4 max(|x|, 2^emin), whose nearest power of two is 2^e, one bit of u is kept (Veltkamp's splitting; all 2^23 significands
+are tested),
+
+    2^e = g - (g - u)        g = (2^23 + 1) u        every operation rounded to fp32
+
+and between values and codes lies a line that bends at each binade k = 1, 2, ... above emin, with c+ for max(c, 0)
+
+    code  = 2^(M - emin) value - sum_k 2^(M - emin - k) (value - 2^(emin + k))+
+    value = 2^(emin - M) code + sum_k 2^(emin + k - 1 - M) (code - (k + 1) 2^M)+
 
 A format that is a table of values instead is in codebooks.py, with the same methods. Left out: formats wider than 19 bits.
 """
@@ -30,7 +37,8 @@ import torch
 from torch import Tensor
 
 from quant.codebooks import INT4_6, NF4, Codebook, posit
-from quant.rounding import round_quanta
+from quant.fuse import compiling
+from quant.rounding import round_to
 
 FLOAT32_EXPONENT = 0x7F800000  # the exponent field of an fp32 bit pattern
 FLT_MAX = torch.finfo(torch.float32).max
@@ -63,7 +71,10 @@ class Format:
     max: float = field(init=False)
     tiny: float = field(init=False)  # smallest positive value, a subnormal
     nan_code: int | None = field(init=False)  # what is written for NaN and Inf, None if all codes are finite
-    halvings: tuple[int, ...] | None = field(init=False)  # by how many binades, as above; None where there are too many
+    # What compiled code may do, see above:
+    plain: bool = field(init=False)  # round without views; e8mY cannot, where 2^23 u leaves fp32's range
+    bends: tuple[int, ...] | None = field(init=False)  # the k of the line between values and codes; None where they are many
+    cast: bool = field(init=False)  # values to codes and back by torch's casts, which are fast for these dtypes
 
     def __post_init__(self):
         E, M = self.exponent_bits, self.mantissa_bits
@@ -85,9 +96,10 @@ class Format:
             object.__setattr__(self, name, value)
         object.__setattr__(self, "max", self._magnitude(top))
         object.__setattr__(self, "tiny", self.zero or self._magnitude(1))
-        steps = 0 if self.integer else (self.emax - self.emin).bit_length()
-        found = tuple(2**i for i in reversed(range(steps))) if steps <= 5 and emin - M >= -126 else None
-        object.__setattr__(self, "halvings", found)
+        binades = 1 if self.integer else self.emax - emin + 1
+        object.__setattr__(self, "plain", self.emax + 24 <= 127 and emin - M >= -126)
+        object.__setattr__(self, "bends", tuple(range(1, binades)) if binades <= 8 else None)
+        object.__setattr__(self, "cast", self.torch_dtype in (torch.float8_e4m3fn, torch.float8_e5m2))
 
     def _magnitude(self, code: int) -> float:
         field = max(code >> self.mantissa_bits, 1)
@@ -114,62 +126,74 @@ class Format:
         rounding: see quant/rounding.py; ties go to the even code, without mantissa bits upwards (IEEE 754-2019, 4.3.1).
         random: int in [0, 2^N), same shape, for stochasticN.
         """
-        quanta, below = self._quanta(x, rounding, random, codes=True)
-        code = torch.where(x == x, quanta + below, 0.0)  # the int of a NaN is not defined
-        code = code.to(torch.int32).clamp(max=self.max_code)
-        sign = 1 << (self.bits - 1)
-        negative = torch.copysign(torch.ones_like(x), x) < 0
-        if not self.signed:
-            code = torch.where(negative, self.nan_code if self.zero else 0, code)
-        elif self.integer:
-            code = torch.where(negative, -code & (2 * sign - 1), code)
-        else:
-            code = torch.where(negative, code + sign, code)
-        if not self.negative_zero:
-            code = torch.where(code == sign, 0, code)
-        if self.nan_code is None:
-            return torch.where(x == x, code, self.max_code)
-        # The sign of a NaN that arithmetic made differs between CPUs and compilers: no code depends on it.
-        return torch.where(x.isfinite(), code, self.nan_code)
+        codes = self.codes_of(self.round(x, rounding, random), x)
+        return (codes.view(torch.uint8) if codes.is_floating_point() else codes).to(torch.int32)
 
     def round(self, x: Tensor, rounding: str = "nearest", random: Tensor | None = None) -> Tensor:
-        """fp32 [...] -> fp32 values of this format: decode(encode(x)), except that NaN stays NaN and Inf saturates.
-
-        Fewer operations than going through the codes, and what an emulated GEMM needs.
-        """
-        quanta, unit = self._quanta(x, rounding, random, codes=False)
-        value = (quanta * unit).clamp(max=self.max)
+        """fp32 [...] -> fp32 values of this format: decode(encode(x)), except that NaN stays NaN and Inf saturates."""
+        m, emin = self.mantissa_bits, self.emin
+        a = x.abs().clamp(max=self.max)
+        if self.integer:
+            value = round_to(a, 2.0 ** (emin - m), rounding, random)
+        elif self.plain:
+            value = round_to(a, self._binade(a) * 2.0**-m, rounding, random)
+        else:
+            e = self._binade(a)
+            # 2^(1 - e) rather than 2^-e: its exponent field is 1 ... 254 for every e, so it is always a normal number.
+            t = a * ((255 << 23) - e.view(torch.int32)).view(torch.float32) * 2.0 ** (m - 1)
+            value = round_to(t, 1.0, rounding, random) * 2.0**-m * e
         if not self.signed:
             return torch.where(torch.copysign(torch.ones_like(x), x) < 0, torch.where(x == x, 0.0, x), value)
         if self.integer or not self.negative_zero:  # no zero with a sign
             return torch.where(x < 0, torch.where(value != 0, -value, value), value)
         return torch.copysign(value, x)
 
-    def _quanta(self, x: Tensor, rounding: str, random: Tensor | None, codes: bool) -> tuple[Tensor, Tensor | float]:
-        """x fp32 -> (|x| in quanta, rounded to an integer, as fp32; the size of a quantum, or if `codes` how many codes lie
-        below quantum 0 of that binade, as fp32)."""
+    def _binade(self, a: Tensor) -> Tensor:
+        """fp32 a >= 0 -> 2^e, fp32."""
+        if self.plain and compiling():
+            return binade((a - 2.0**self.emin).relu() + 2.0**self.emin)
+        if self.plain:
+            return binade(a.clamp(min=2.0**self.emin))
+        return (a.view(torch.int32) & FLOAT32_EXPONENT).clamp((self.emin + 127) << 23).view(torch.float32)
+
+    def codes_of(self, value: Tensor, x: Tensor | None = None) -> Tensor:
+        """fp32 values of this format, as `round` gives them -> their codes: uint8, int32 for formats over 8 bits, or, where
+        `cast`, torch's own float8 with these bytes. x: what has been rounded; where it is Inf, the code is that of NaN.
+
+        NaN and Inf as in `encode`. (Fast in compiled code, where fp32 to uint8 is one conversion and int32 to uint8 is not.)
+        """
         m, emin = self.mantissa_bits, self.emin
-        if self.halvings is not None and (self.integer or torch.compiler.is_compiling()):
-            a = x.abs().clamp(max=self.max)
-            second = torch.full_like(x, 0.0 if codes else 2.0 ** (emin - m))
-            for binades in self.halvings:
-                more = a >= 2.0 ** (emin + binades)
-                a = torch.where(more, a * 2.0**-binades, a)
-                second = torch.where(more, second + float(binades << m) if codes else second * 2.0**binades, second)
-            return round_quanta(a * 2.0 ** (m - emin), m + 3, rounding, random), second
-        top = min(self.emax + 2, 127)  # a binade that saturates, where fp32 has one
-        a = x.abs().clamp(max=2.0**top * (2 - 2.0**-23))
-        e = (x.view(torch.int32) & FLOAT32_EXPONENT).clamp((emin + 127) << 23, (top + 127) << 23)
-        # 2^(1 - e) rather than 2^-e: its exponent field is 1 ... 254 for every e, so it is always a normal number.
-        t = a * ((255 << 23) - e).view(torch.float32) * 2.0 ** (m - 1)
-        quanta = round_quanta(t, m + 3, rounding, random)
-        if codes:
-            return quanta, ((e - ((emin + 127) << 23)) >> (23 - m)).to(torch.float32)
-        return quanta * 2.0**-m, e.view(torch.float32)
+        # The sign of a NaN that arithmetic made differs between CPUs and compilers: no code depends on it.
+        good = value == value if x is None or self.nan_code is None else x.isfinite()
+        if self.cast:
+            return torch.where(good, value, math.nan).to(self.torch_dtype)
+        a = value.abs()
+        if self.bends is not None and compiling():
+            code = a * 2.0 ** (m - emin)
+            for k in self.bends:
+                code = code - (a - 2.0 ** (emin + k)).relu() * 2.0 ** (m - emin - k)
+        else:
+            bits = (a.view(torch.int32) >> (23 - m)) - ((emin + 126) << m)
+            subnormal = self.integer | (a < 2.0**emin) if emin > -126 else a < 0
+            code = torch.where(subnormal, a * 2.0 ** (m - emin) if emin > -126 else a, bits.to(torch.float32))
+        if self.zero:
+            good = good & (torch.copysign(torch.ones_like(value), value if x is None else x) > 0)
+        elif self.integer:
+            code = torch.where(value < 0, 2.0**self.bits - code, code)
+        elif self.signed:
+            half = 2.0 ** (self.bits - 2)
+            code = code + half - torch.copysign(torch.full_like(value, half), value)
+        code = torch.where(good, code, float(self.max_code if self.nan_code is None else self.nan_code))
+        return code.to(torch.uint8 if self.bits <= 8 else torch.int32)
 
     def decode(self, code: Tensor) -> Tensor:
-        """int codes [...] -> fp32 values [...], exactly; codes above `max` are NaN (or Inf, see the class)."""
+        """int codes [...] (or float8 of the same bytes, where `cast`) -> fp32 values [...], exactly; codes above `max` are NaN
+        (or Inf, see the class)."""
         m, emin = self.mantissa_bits, self.emin
+        if code.is_floating_point():
+            return code.to(torch.float32)
+        if self.bends is not None and self.nan_code is None and compiling():
+            return self._decode_along_the_line(code.to(torch.float32))
         code = code.to(torch.int32)
         if self.integer:
             half = 1 << (self.bits - 1)
@@ -178,12 +202,7 @@ class Format:
         magnitude = code & (sign - 1)
         steps = ((magnitude >> m) - 1).clamp(min=0)  # binades above the lowest
         significand = (magnitude - (steps << m)).to(torch.float32) * 2.0**-m
-        if self.halvings is not None and torch.compiler.is_compiling():
-            value = significand * 2.0**emin
-            for binades in self.halvings:
-                value = torch.where((steps & binades) > 0, value * 2.0**binades, value)
-        else:
-            value = significand * ((steps + (emin + 127)) << 23).view(torch.float32)
+        value = significand * ((steps + (emin + 127)) << 23).view(torch.float32)
         if self.nan_code is not None and self.negative_zero:
             value = torch.where(magnitude > self.max_code, math.nan, value)
             if m and self.signed and (self.max_code + 1) & ((1 << m) - 1) == 0:
@@ -195,9 +214,30 @@ class Format:
         value = torch.where(code > sign - 1, -value, value)
         return value if self.negative_zero else torch.where(code == self.nan_code, math.nan, value)
 
+    def _decode_along_the_line(self, code: Tensor) -> Tensor:
+        """fp32 codes -> values, of a format without NaN."""
+        m, emin, sign = self.mantissa_bits, self.emin, 2.0 ** (self.bits - 1)
+        negative = code >= (sign if self.signed else 2 * sign)
+        if self.integer:
+            return torch.where(negative, code - 2 * sign, code) * 2.0 ** (emin - m)
+        code = torch.where(negative, code - sign, code)
+        value = code * 2.0 ** (emin - m)
+        for k in self.bends:
+            value = value + (code - float((k + 1) << m)).relu() * 2.0 ** (emin + k - 1 - m)
+        return torch.where(negative, -value, value)
+
     def values(self) -> Tensor:
         """fp32 [2^bits]: the value of every code."""
         return self.decode(torch.arange(2**self.bits, dtype=torch.int32))
+
+
+def binade(a: Tensor) -> Tensor:
+    """fp32 a, 0 or normal and below 2^103 -> 2^floor(log2 a), or 0."""
+    if compiling() and a.device.type == "cpu":
+        u = a * 0.75
+        g = u * (2.0**23 + 1)
+        return g - (g - u)
+    return (a.view(torch.int32) & FLOAT32_EXPONENT).view(torch.float32)
 
 
 def code_dtype(bits: int) -> torch.dtype:

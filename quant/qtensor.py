@@ -46,9 +46,9 @@ def to_blocks(m: Tensor, block: tuple[int, int], transposed: bool) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int, axis: int) -> Tensor:
-    """int codes -> uint8, two of up to 4 bits to a byte along `axis`; uint16 or int32 for wider ones."""
+    """codes -> uint8, two of up to 4 bits to a byte along `axis`; uint16 or int32 for wider ones; a float8 stays one."""
     if bits > 4:
-        return codes.to(code_dtype(bits))
+        return codes if codes.itemsize == 1 else codes.to(code_dtype(bits))
     low, high = codes.unflatten(axis, (-1, 2)).unbind(axis + 1)
     return (low | high << 4).to(torch.uint8)
 

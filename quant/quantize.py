@@ -10,13 +10,14 @@ the units below, each of which may run as one fused loop (quant/fuse.py). They a
 memory: fused across the cut, the inverse scale of a block would be computed again for each of its elements.
 """
 
+import sys
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quant.formats import FLT_MAX
+from quant.formats import FLT_MAX, FORMATS
 from quant.fuse import run
 from quant.qtensor import (
     QTensor,
@@ -31,7 +32,7 @@ from quant.qtensor import (
     split,
     to_blocks,
 )
-from quant.random import Key, random_ints
+from quant.random import Key, random_bytes, random_ints
 from quant.rounding import random_bits
 from quant.scaling import (
     block_scales,
@@ -40,7 +41,7 @@ from quant.scaling import (
     decode_scale,
     eden,
     repeat,
-    scale_dtype,
+    scale_codes,
     second,
     sign_of,
     statistic,
@@ -51,28 +52,31 @@ from quant.transform import hadamard, signs
 # --- the units: tensors in their memory layout, blocks [P / p, p, Q / q, q]; `spec` and `axis` are constants ---
 
 
-def _rotate(tiles, s, *, size, dtype):
-    return hadamard(tiles, s, dtype)  # `size`, the middle axis, is a constant so that each size compiles by itself
+def _rotate(tiles, s, *, size, dtype, cast):
+    return hadamard(tiles, s, dtype, cast)  # `size`, the middle axis, is a constant so that each size compiles by itself
 
 
 def _scales(blocks, held, noise, *, spec, axis):
-    """-> scale codes, encode factors fp32 and decoded scales fp32, all [P / p, 1, Q / q, 1]; outer scale, see block_scales."""
-    codes, enc, decoded, outer = block_scales(statistic(blocks, spec.scale, axis), spec, axis - 1, held, noise)
+    """-> encode factors fp32 and decoded scales fp32, both [P / p, 1, Q / q, 1]; outer scale, see block_scales."""
+    enc, decoded, outer = block_scales(statistic(blocks, spec.scale, axis), spec, axis - 1, held, noise)
     if spec.scale.macro:
         outer = outer.to(torch.uint8)
-    return codes.to(scale_dtype(spec.scale)), enc, decoded, outer
+    return enc, decoded, outer
+
+
+def _scale_codes(decoded, *, spec):
+    return scale_codes(decoded, spec.scale)
 
 
 def _scaled(blocks, enc):
-    """y * enc, finite where y and enc are (enc is FLT_MAX for a block whose scale rounds to 0)."""
-    return blocks.to(torch.float32) if enc is None else (blocks.to(torch.float32) * enc).clamp(-FLT_MAX, FLT_MAX)
+    """y * enc; finite y may become Inf (enc is FLT_MAX for a block whose scale rounds to 0), and what rounds it saturates."""
+    return blocks.to(torch.float32) if enc is None else blocks.to(torch.float32) * enc
 
 
 def _corrected(blocks, enc, decoded, noise, *, spec, axis):
-    """MS-EDEN's scales of the blocks -> (codes, decoded)."""
-    x = _scaled(blocks, enc)
-    codes, decoded = eden(x, spec.element.round(x, spec.rounding), decoded, spec, axis, noise)
-    return codes.to(scale_dtype(spec.scale)), decoded
+    """MS-EDEN's scales of the blocks, decoded."""
+    x = _scaled(blocks, enc).clamp(-FLT_MAX, FLT_MAX)
+    return eden(x, spec.element.round(x, spec.rounding), decoded, spec, axis, noise)
 
 
 def _error(blocks, enc, decoded, outer, noise, *, spec, axis, by):
@@ -85,8 +89,8 @@ def _error(blocks, enc, decoded, outer, noise, *, spec, axis, by):
 
 
 def _pick(error, codes, enc, decoded, other_error, other_codes, other_enc, other_decoded, *, flag):
-    """The better of two candidates, block by block (the first unless the other is nearer), as `_error` and `_scales` gave
-    them; `flag` is added to the other's scale codes."""
+    """The better of two candidates, block by block (the first unless the other is nearer), as `_error`, `_scale_codes` and
+    `_scales` gave them; `flag` is added to the other's scale codes."""
     better, stored = other_error < error, codes.dtype
     if not codes.is_floating_point():
         codes, other_codes = (c.to(torch.int32) for c in (codes, other_codes))
@@ -97,11 +101,12 @@ def _pick(error, codes, enc, decoded, other_error, other_codes, other_enc, other
 
 
 def _pack(blocks, enc, scale, noise, *, spec, axis, apart):
-    """-> codes, packed along `axis`; `apart`: or a byte each."""
+    """-> codes, packed along `axis`; `apart`: or a byte each. (A float8 has the bytes of its codes.)"""
     x = _scaled(blocks, enc)
-    codes = [element.encode(x, spec.rounding, noise) for element in spec.elements]
-    codes = codes[0] if len(codes) == 1 else torch.where(second(scale, spec), codes[1], codes[0])
-    return codes.to(torch.uint8) if apart == "apart" else pack(codes, spec.element.bits, axis)
+    infinite = x if enc is None else None  # unscaled: what is not finite has no other place
+    codes = [element.codes_of(element.round(x, spec.rounding, noise), infinite) for element in spec.elements]
+    codes = codes[0] if len(codes) == 1 else torch.where(second(scale, spec), _stored(codes[1]), _stored(codes[0]))
+    return codes if apart == "apart" else pack(codes, spec.element.bits, axis)
 
 
 def _joined(codes, *, axis):
@@ -125,7 +130,7 @@ def _values(blocks, enc, scale, decoded, outer, noise, *, spec, axis):
 def _decode(packed, scale, decoded, outer, *, spec, axis, apart):
     """-> what a GEMM multiplies, of packed codes (joined as BF16: three times as fast as joining codes), or codes `apart`."""
     flag = None if scale is None else second(scale, spec)
-    found = (packed.to(torch.int32),) if apart == "apart" else split(packed, spec.element.bits)
+    found = (packed,) if apart == "apart" else split(packed, spec.element.bits)
     return join([_product(decode_elements(codes, flag, spec), decoded, outer, spec, axis) for codes in found], axis)
 
 
@@ -155,13 +160,30 @@ def _noise(rows, k, words, *, rounding, axis):
     return random_ints(rows, k, random_bits(rounding), words, transposed=axis == 1)
 
 
-def _has_no_views(*, spec, **_):
-    """Of elements: the formats that find their binades by halving (formats.py)."""
-    return all(getattr(element, "halvings", None) is not None for element in spec.elements)
+def _noise_of_bytes(rows, k, words):
+    return random_bytes(rows, k, words)
 
 
-_noise.wide = _joined.wide = _parted.wide = lambda **_: True  # integers only
-_values.wide = _pack.wide = _decode.wide = _error.wide = _has_no_views
+def _rounds_without_views(*, spec, **_):
+    return all(getattr(element, "plain", False) for element in spec.elements)
+
+
+def _scales_without_views(*, spec, axis):
+    """... where they are long enough to matter: along rows a block's amax is faster found in narrow vectors."""
+    s = spec.scale
+    return axis == 1 and not s.macro and (s.format in ("e8m0", "fp32") or getattr(FORMATS[s.format], "plain", False))
+
+
+def _codes_without_views(*, spec, **_):
+    formats = [element for element in spec.elements if getattr(element, "plain", False)]
+    return formats == list(spec.elements) and all(f.cast or (f.bends is not None and f.nan_code is None) for f in formats)
+
+
+_noise.wide = _noise_of_bytes.wide = _joined.wide = _parted.wide = lambda **_: True  # integers only
+_values.wide = _error.wide = _rounds_without_views
+_pack.wide = _decode.wide = _codes_without_views
+_scales.wide = _scales_without_views
+_rotate.wide = lambda *, cast, **_: cast
 
 
 def _unclipped(blocks, enc, *, spec):
@@ -185,7 +207,8 @@ def transform(x: Tensor, size: int, s: Tensor, dtype: torch.dtype = torch.bfloat
     """x [R, K] after a Hadamard transform of `size` along K with signs s [size], in `dtype` (transform.py)."""
     m, transposed = in_memory(x)
     tiles = m.view(-1, size, x.shape[0] if transposed else 1)
-    return logical(run(_rotate, tiles, s, size=size, dtype=dtype).view(m.shape), transposed)
+    cast = not torch.compiler.is_compiling()  # within a larger graph torch.compile drops a cast to BF16 and back
+    return logical(run(_rotate, tiles, s, size=size, dtype=dtype, cast=cast).view(m.shape), transposed)
 
 
 def rotated(x: Tensor, spec: QuantSpec | Choice, sign_key: Key | None = None) -> Tensor:
@@ -200,7 +223,7 @@ class _Prepared(NamedTuple):
 
     blocks: Tensor
     noise: Tensor | None
-    codes: Tensor | None
+    codes: Tensor | None  # of scales, where there was a choice (they may say which)
     enc: Tensor | None
     decoded: Tensor | None
     outer: Tensor | None
@@ -218,24 +241,46 @@ def _prepare(x: Tensor, spec: QuantSpec | Choice, key: Key | None, sign_key: Key
     p, q = blocks.shape[0], blocks.shape[2]
     noise = scale_noise = None
     if spec.stochastic:
-        noise = run(_noise, *x.shape, key.words(x.device), rounding=spec.rounding, axis=axis).view(blocks.shape)
+        noise = _noise_for(*x.shape, key.words(x.device), spec.rounding, axis).view(blocks.shape)
     if spec.scale.stochastic:
         words, sizes = key.at(use=key.use + 32).words(x.device), (x.shape[0] // b0, x.shape[1] // b1)
-        scale_noise = run(_noise, *sizes, words, rounding=spec.scale.rounding, axis=axis).view(p, 1, q, 1)
-    found = (None,) * 4
+        scale_noise = _noise_for(*sizes, words, spec.scale.rounding, axis).view(p, 1, q, 1)
+    codes = enc = decoded = outer = None
     if spec.scale.format != "none":
-        found = run(_scales, blocks, held, scale_noise, spec=spec.candidates[0], axis=axis)
-    codes, enc, decoded, outer = found
+        enc, decoded, outer = run(_scales, blocks, held, scale_noise, spec=spec.candidates[0], axis=axis)
     if spec.scale.correction == "eden":
-        codes, decoded = run(_corrected, blocks, enc, decoded, scale_noise, spec=spec, axis=axis)
+        decoded = run(_corrected, blocks, enc, decoded, scale_noise, spec=spec, axis=axis)
     if len(spec.candidates) > 1:
-        best = run(_error, blocks, enc, decoded, outer, noise, spec=spec.candidates[0], axis=axis, by=spec.by), *found[:3]
+        error = run(_error, blocks, enc, decoded, outer, noise, spec=spec.candidates[0], axis=axis, by=spec.by)
+        best = error, _codes_of_scales(decoded, spec), enc, decoded
         for other in spec.candidates[1:]:
-            scales = run(_scales, blocks, held, scale_noise, spec=other, axis=axis)
-            error = run(_error, blocks, *scales[1:], noise, spec=other, axis=axis, by=spec.by)
-            best = run(_pick, *best, error, *scales[:3], flag=0 if other.element == spec.elements[0] else sign_of(spec.scale))
+            enc, decoded, _ = run(_scales, blocks, held, scale_noise, spec=other, axis=axis)
+            error = run(_error, blocks, enc, decoded, outer, noise, spec=other, axis=axis, by=spec.by)
+            flag = 0 if other.element == spec.elements[0] else sign_of(spec.scale)
+            best = run(_pick, *best, error, _codes_of_scales(decoded, spec), enc, decoded, flag=flag)
         _, codes, enc, decoded = best
     return _Prepared(blocks, noise, codes, enc, decoded, outer, transposed, axis)
+
+
+def _noise_for(rows: int, k: int, words: Tensor, rounding: str, axis: int) -> Tensor:
+    """`random_ints` of an operand as it lies in memory."""
+    if random_bits(rounding) == 8 and axis == 3 and sys.byteorder == "little":
+        return run(_noise_of_bytes, rows, k, words).view(torch.uint8)
+    return run(_noise, rows, k, words, rounding=rounding, axis=axis)
+
+
+def _codes_of_scales(decoded: Tensor, spec: QuantSpec | Choice) -> Tensor:
+    return decoded if spec.scale.format == "fp32" else _stored(run(_scale_codes, decoded, spec=spec.candidates[0]))
+
+
+def _stored(codes: Tensor) -> Tensor:
+    """Codes as they are kept: the bytes of a float8."""
+    return codes.view(torch.uint8) if codes.is_floating_point() and codes.itemsize == 1 else codes
+
+
+def _as_floats(codes: Tensor, formats) -> Tensor:
+    """The inverse of `_stored`, where the one format there is has a dtype to be cast from."""
+    return codes.view(formats[0].torch_dtype) if len(formats) == 1 and getattr(formats[0], "cast", False) else codes
 
 
 def quantize(
@@ -252,11 +297,13 @@ def quantize(
     Source: arXiv:2509.25149 section 2; OCP MX v1.0.
     """
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    blocks, noise, codes, enc, _, outer, transposed, axis = _prepare(rows, spec, key, sign_key, held)
+    blocks, noise, codes, enc, decoded, outer, transposed, axis = _prepare(rows, spec, key, sign_key, held)
     apart = "apart" if spec.element.bits <= 4 and blocks.shape[2] * blocks.shape[3] % 8 == 0 else ""
-    packed = run(_pack, blocks, enc, codes, noise, spec=spec, axis=axis, apart=apart).flatten(2, 3).flatten(0, 1)
+    packed = _stored(run(_pack, blocks, enc, codes, noise, spec=spec, axis=axis, apart=apart)).flatten(2, 3).flatten(0, 1)
     if apart:
         packed = run(_joined, packed.view(torch.int64), axis=axis).view(torch.uint8)
+    if codes is None and decoded is not None:
+        codes = _codes_of_scales(decoded, spec)
     scale, outer = (
         part if part is None or part.ndim == 0 else logical(part.view(part.shape[0], part.shape[2]), transposed)
         for part in (codes, outer)
@@ -290,15 +337,19 @@ def decoded_values(q: QTensor) -> tuple[Tensor, Tensor | None]:
     b0, b1 = q.spec.blocks_of(rows, k)
     eight = torch.int64 if transposed else torch.int32  # codes, packed
     aligned = torch.compiler.is_compiling() or packed.storage_offset() % eight.itemsize == 0
-    apart = "apart" if q.spec.element.bits <= 4 and aligned and packed.shape[1] % eight.itemsize == 0 else ""
-    if apart:
+    apart = "apart" if q.spec.element.bits > 4 or (aligned and packed.shape[1] % eight.itemsize == 0) else ""
+    if apart and q.spec.element.bits <= 4:
         packed = run(_parted, packed.view(eight), axis=axis).view(torch.uint8)
+    packed = _as_floats(packed, q.spec.elements)
     blocks = to_blocks(packed, (b0, b1 * packed.numel() // (rows * k)), transposed)
     scale, outer = (
         part if part is None or part.ndim == 0 else (part.t() if transposed else part)[:, None, :, None]
         for part in (q.scale_codes, q.outer_codes)
     )
-    decoded = None if scale is None else run(_decode_scales, scale, spec=q.spec)
+    decoded = scale
+    if scale is not None and q.spec.scale.format != "fp32":
+        formats = [FORMATS[q.spec.scale.format]] * len(q.spec.elements)  # (if there are two, the sign is a flag)
+        decoded = run(_decode_scales, _as_floats(scale, formats), spec=q.spec)
     values = run(_decode, blocks, scale, decoded, outer, spec=q.spec, axis=axis, apart=apart)
     return logical(values.flatten(2, 3).flatten(0, 1), transposed), _factor(decoded, outer, q.spec, rows)
 

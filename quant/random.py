@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from quant.fuse import compiling
+
 LOW = 0xFFFFFFFF
 
 
@@ -42,7 +44,7 @@ _constants: dict[tuple, Tensor] = {}
 
 def constants(values: tuple, dtype: torch.dtype, device) -> Tensor:
     """A tensor of numbers known beforehand, made once: copying one to a GPU waits for all the work queued before it."""
-    if torch.compiler.is_compiling():
+    if compiling():
         return torch.tensor(values, dtype=dtype, device=device)
     place = (values, dtype, str(device))
     if place not in _constants:
@@ -81,25 +83,26 @@ def per_call(bits: int) -> int:
 
 
 def random_ints(rows: int, k: int, bits: int, words: Tensor, transposed: bool = False) -> Tensor:
-    """int32 random numbers in [0, 2^bits) for an operand [rows, k]; bits 1 to 24, k divisible by `per_call(bits)`.
+    """Random numbers in [0, 2^bits) for an operand [rows, k], uint8 up to 8 bits and int32 above; bits 1 to 24, k divisible
+    by `per_call(bits)`.
 
     An element takes 8, 16 or 32 bits of a call, and the upper `bits` of them are used.
     `words`: `Key.words()`. Element (r, i) has number r * k + i wherever it lies in memory; `transposed` returns [k, rows].
     """
     n = per_call(bits)
-    taken = 128 // n
     r, c = torch.arange(rows, device=words.device), torch.arange(k // n, device=words.device)
     index, layer, use, low, high = words.unbind()
-    if transposed:
-        calls = (c[:, None] + r[None, :] * (k // n))[:, None, None, :]  # [k / n, 1 word, 1 part of it, rows]
-    else:
-        calls = (r[:, None] * (k // n) + c[None, :])[:, :, None, None]  # [rows, k / n, 1, 1]
-    axis = 1 if transposed else 2
-    out = torch.cat(philox((calls & LOW, index, layer, use), (low, high)), axis).to(torch.int32)  # 4 along `axis`
-    if taken < 32:
-        shifts = torch.arange(taken - bits, 32, taken, dtype=torch.int32, device=words.device)
-        out = out >> (shifts[:, None] if transposed else shifts)
-    else:
-        out = out >> (32 - bits)
-    out = out & ((1 << bits) - 1)
-    return out.flatten(0, 2) if transposed else out.flatten(1, 3)
+    calls = c[:, None] + r[None, :] * (k // n) if transposed else r[:, None] * (k // n) + c[None, :]
+    drawn = philox((calls & LOW, index, layer, use), (low, high))
+    taken, axis = 128 // n, 1 if transposed else 2
+    parts = [word >> shift for word in drawn for shift in range(taken - bits, 32, taken)]
+    out = torch.stack([(part & ((1 << bits) - 1)).to(torch.uint8 if bits <= 8 else torch.int32) for part in parts], axis)
+    return out.flatten(0, 1) if transposed else out.flatten(1, 2)
+
+
+def random_bytes(rows: int, k: int, words: Tensor) -> Tensor:
+    """int64 [rows, k / 8], whose bytes are random_ints(rows, k, 8, words) where the lowest lies first in memory."""
+    r, c = torch.arange(rows, device=words.device), torch.arange(k // 16, device=words.device)
+    index, layer, use, low, high = words.unbind()
+    a, b, c, d = philox(((r[:, None] * (k // 16) + c[None, :]) & LOW, index, layer, use), (low, high))
+    return torch.stack([a | b << 32, c | d << 32], 2).flatten(1, 2)

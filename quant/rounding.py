@@ -1,8 +1,9 @@
-"""Rounding: how a number of quanta becomes an integer, and what is random about it.
+"""Rounding: which of the two multiples of a unit next to a number it becomes, and what is random about it.
 
-    nearest          to the nearest integer, ties to the even one        zero    toward zero
+    nearest          to the nearest multiple, ties to the even one       zero    toward zero
     away, inward     to the nearest one, ties away from zero, toward zero
-    stochasticN      up iff floor(2^N fraction) + random >= 2^N, with N random bits, 1 to 24
+    stochasticN      up iff floor(2^N fraction) + random >= 2^N, with N random bits, 1 to 24: which is, since random is an
+                     integer, iff fraction >= 1 - random / 2^N
 
 `stochastic8` is the carry rule of TransformerEngine's portable path; `stochastic` is stochastic24, unbiased to 2^-24.
 Everything is on magnitudes: the sign is put back afterwards, so toward zero and away are what they say.
@@ -10,6 +11,7 @@ Everything is on magnitudes: the sign is put back afterwards, so toward zero and
 
 import re
 
+import torch
 from torch import Tensor
 
 ROUNDINGS = ("nearest", "away", "inward", "zero", "stochastic", "stochastic8")
@@ -25,19 +27,25 @@ def random_bits(rounding: str) -> int:
     return int(named[1] or 24)
 
 
-def round_quanta(t: Tensor, size: int, rounding: str, random: Tensor | None) -> Tensor:
-    """fp32 t in [0, 2^size) -> the integer that `rounding` makes of it, as fp32. random: int in [0, 2^N), same shape."""
+def round_to(a: Tensor, unit: Tensor | float, rounding: str, random: Tensor | None) -> Tensor:
+    """fp32 a >= 0, below 2^21 units -> the multiple of `unit` that `rounding` makes of it, fp32. unit: powers of two;
+    random: int in [0, 2^N), same shape.
+
+    fp32 has no bits below the unit between 2^23 and 2^24 units, so adding 1.5 * 2^23 of them and taking them off again is
+    rounding to nearest, ties to even; a - below, and all that is compared, is exact.
+    """
+    large = unit * (1.5 * 2.0**23)
+    nearest = (a + large) - large
     if rounding == "nearest":
-        return t.round()  # torch rounds halves to even
+        return nearest
+    below = nearest - torch.where(nearest > a, unit, 0.0)
     if rounding == "zero":
-        return t.floor()
-    n = random_bits(rounding)
-    if n and size + n <= 24:  # floor(2^N t) + random is exact: the carry does it, in fewer steps
-        return (((t * 2.0**n).floor() + random.to(t.dtype)) * 2.0**-n).floor()
-    below = t.floor()
-    fraction = t - below  # exact: both share t's quantum
+        return below
+    rest = a - below
     if rounding == "away":
-        return below + (fraction >= 0.5)
-    if rounding == "inward":
-        return below + (fraction > 0.5)
-    return below + ((fraction * 2.0**n).floor() + random.to(t.dtype) >= 2.0**n)
+        up = rest >= unit * 0.5
+    elif rounding == "inward":
+        up = rest > unit * 0.5
+    else:
+        up = rest >= unit * (1.0 - random.to(a.dtype) * 2.0 ** -random_bits(rounding))
+    return below + torch.where(up, unit, 0.0)

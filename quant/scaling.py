@@ -2,14 +2,15 @@
 
 Each block has a = max |y| (or the standard deviation of y), to be mapped to the element's `target`, by default its max.
 
-E8M0, a power of two (OCP MX v1.0 and what came after it): one subtraction of fp32 bit patterns, no logarithm, no division.
+E8M0, a power of two (OCP MX v1.0 and what came after it): one comparison with a threshold, no logarithm, no division.
 
     floor   2^floor(log2(a / 2^emax))             the largest elements may saturate (OCP, microxcaling)
     even    2^floor(log2(a / 2^emax)), a first rounded to the element's mantissa bits, halves up (torchao EVEN)
     ceil    2^ceil(log2(a / 2^emax))              nothing saturates; up to a binade is wasted
     rceil   2^ceil(log2(a / max))                 nothing saturates (arXiv:2506.08027; TransformerEngine, cuBLAS)
 
-    each is floor or ceil of log2(a / T) for one T: (bits(a) - bits(T) + [ceil] 0x7FFFFF) >> 23
+    each is floor or ceil of log2(a / T) for one T = t 2^k, 1 <= t < 2. With p = 2^floor(log2 a), from the exponent of a:
+    p 2^-k, halved if a < t p for floor, or doubled if a > t p for ceil
 
 A float scale (E4M3, E5M3, BF16), alone or under an outer fp32 scale that maps the amax of a tensor, a row or some blocks of
 it to target * outer_target (NVFP4, arXiv:2509.25149 section 2, in the orders of TransformerEngine; 6 * 448 = 2688):
@@ -37,10 +38,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant.formats import FLT_MAX, FORMATS, code_dtype
+from quant.formats import FLT_MAX, FORMATS, binade, code_dtype
+from quant.fuse import compiling
 from quant.spec import Choice, QuantSpec, Scale
-
-E8M0_NAN = 255
 
 
 def stated_sum(x: Tensor, axis: int) -> Tensor:
@@ -63,7 +63,7 @@ def statistic(blocks: Tensor, scale: Scale, axis: int = 3) -> Tensor:
     magnitude of each block, NaN if it has one; or the standard deviation, sqrt(mean of squares - squared mean) (QuEST,
     arXiv:2502.05003)."""
     if scale.statistic == "absmax":
-        blocks = blocks.to(torch.float32) if torch.compiler.is_compiling() else blocks  # (compiled, BF16 would be so twice)
+        blocks = blocks.to(torch.float32) if compiling() else blocks  # (compiled, BF16 would be so twice)
         return blocks.abs().amax((1, 3), keepdim=True).to(torch.float32)
     x, count = blocks.to(torch.float32), blocks.shape[1] * blocks.shape[3]
     mean, squares = (block_sum(v, axis) * (1 / count) for v in (x, x * x))
@@ -71,20 +71,19 @@ def statistic(blocks: Tensor, scale: Scale, axis: int = 3) -> Tensor:
 
 
 def power_of_two(a: Tensor, T: float, up: bool) -> Tensor:
-    """fp32 a >= 0 -> int32 E8M0 codes of 2^floor(log2(a / T)), or ceil if `up`, within 2^-127 ... 2^127; NaN for NaN, Inf."""
-    significand, exponent = math.frexp(T)  # 0.5 <= significand < 1
-    pattern = ((exponent + 126) << 23) + round((2 * significand - 1) * 2**23)
-    small = a < 2.0**-126  # a subnormal pattern is not of the form exponent, mantissa
-    bits = torch.where(small, a * 2.0**64, a).view(torch.int32)
-    code = (bits - (pattern - (0x7FFFFF if up else 0))) >> 23
-    code = torch.where(small, code + (127 - 64), code + 127)
-    return torch.where(a.isfinite(), code.clamp(0, 254), E8M0_NAN)
-
-
-def inverse_power(code: Tensor) -> Tensor:
-    """int32 E8M0 codes -> fp32 1 / 2^(code - 127), exactly; NaN for NaN."""
-    pattern = torch.where(code > 253, 0x00400000, (254 - code) << 23)  # 2^-127 is a subnormal number
-    return torch.where(code > 254, torch.nan, pattern.view(torch.float32))
+    """fp32 a >= 0 -> 2^floor(log2(a / T)), or 2^ceil(...) if `up`, within 2^-127 ... 2^127; NaN for NaN, Inf. T: as fp32."""
+    significand, exponent = math.frexp(T)
+    significand, exponent = math.frexp(round(significand * 2**24) * 2.0 ** (exponent - 24))
+    t = 2 * significand
+    small, large = a < 2.0**-60, a > 2.0**60  # what is neither has room for everything here
+    b = a * torch.where(small, 2.0**66, torch.where(large, 2.0**-66, 1.0))
+    p = binade(b)
+    if up:
+        p = torch.where(b > p * t, p * 2, p)
+    elif t > 1:
+        p = torch.where(b < p * t, p * 0.5, p)
+    p = p * 2.0 ** (1 - exponent) * torch.where(small, 2.0**-66, torch.where(large, 2.0**66, 1.0))
+    return torch.where(a.isfinite(), p.clamp(2.0**-127, 2.0**127), torch.nan)
 
 
 def encode_factor(amax: Tensor, target: float) -> tuple[Tensor, Tensor]:
@@ -99,9 +98,8 @@ def encode_factor(amax: Tensor, target: float) -> tuple[Tensor, Tensor]:
 class Scales(NamedTuple):
     """Of blocks [P / p, p, Q / q, q]: all are [P / p, 1, Q / q, 1], but for `outer`."""
 
-    codes: Tensor | None  # int32, or for fp32 the scales themselves; None where there are none
     encode: Tensor | None  # fp32: what elements are multiplied by
-    decoded: Tensor | None  # fp32: the decode scale that the code stands for
+    decoded: Tensor | None  # fp32: the decode scales, numbers of their format
     outer: Tensor | None  # the outer decode scale as stored (`decode_outer`): [], or 1 or fewer along the contraction
 
 
@@ -115,15 +113,16 @@ def block_scales(a: Tensor, spec: QuantSpec, axis: int, held: Tensor | None = No
         if scale.macro:
             whole = outer_amax(a, spec, axis)
             outer = ((torch.full_like(whole, element.max) / whole).view(torch.int32) >> 15) & 0xFF
+            outer = torch.where(whole.isfinite(), outer, 0)  # (which bits a NaN has is nobody's promise)
             factor, whole = (repeat(v, axis, scale.group // spec.block[1]) for v in (_significand(outer), whole))
             a = torch.where(whole.isfinite(), (a * factor).clamp(max=FLT_MAX), torch.nan)
         elif factor != 1:
             outer = torch.full((), 1 / factor, device=a.device)
-        code = power_of_two(a, *threshold(spec))
-        return Scales(code, inverse_power(code) * factor, FORMATS["e8m0"].decode(code), outer)
+        decoded = power_of_two(a, *threshold(spec))
+        return Scales((torch.ones_like(a) / decoded) * factor, decoded, outer)
     if scale.format == "fp32":
         enc, dec = encode_factor(_in_place_of(a, held), target)
-        return Scales(dec, enc, dec, None)
+        return Scales(enc, dec, None)
     fmt, outer = FORMATS[scale.format], None
     if scale.outer == "none":
         s_enc = s_dec = torch.where(a.isfinite(), 1.0, torch.nan)
@@ -134,12 +133,10 @@ def block_scales(a: Tensor, spec: QuantSpec, axis: int, held: Tensor | None = No
         if scale.group:
             s_enc, s_dec = (repeat(s, axis, scale.group // spec.block[1]) for s in (s_enc, s_dec))
     s = a * (s_enc * (1.0 / target)) if scale.order == "g2" else (a / torch.full_like(a, target)) * s_enc
-    s = torch.where(s_enc.isfinite(), s.clamp(max=FLT_MAX), torch.nan)
     rounding = "nearest" if scale.correction == "eden" else scale.rounding  # (eden: what is corrected, and rounded again)
-    code = fmt.encode(s, rounding, noise)
-    decoded = fmt.decode(code)
+    decoded = fmt.round(s, rounding, noise)
     full = decoded * s_dec
-    return Scales(code, (torch.ones_like(full) / full).clamp(max=FLT_MAX), decoded, outer)
+    return Scales((torch.ones_like(full) / full).clamp(max=FLT_MAX), decoded, outer)
 
 
 def _in_place_of(amax: Tensor, held: Tensor | None) -> Tensor:
@@ -147,9 +144,9 @@ def _in_place_of(amax: Tensor, held: Tensor | None) -> Tensor:
     return amax if held is None else torch.where((held > 0) & amax.isfinite(), held, amax)
 
 
-def eden(x: Tensor, codes: Tensor, decoded: Tensor, spec: QuantSpec, axis: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+def eden(x: Tensor, codes: Tensor, decoded: Tensor, spec: QuantSpec, axis: int, noise: Tensor) -> Tensor:
     """MS-EDEN: x = fl(y * enc) and what it was rounded to, fp32 blocks [P / p, p, Q / q, q] along `axis`, and decoded scales
-    -> (codes of the corrected scales, decoded): <y, y> / <y, q> of the Hadamard tile times the scale, rounded stochastically.
+    -> the corrected scales, decoded: <y, y> / <y, q> of the Hadamard tile times the scale, rounded stochastically.
 
     y = x * decoded and q = codes * decoded stand for both, but for the outer scale: so the sums stay within fp32's range.
     """
@@ -157,9 +154,7 @@ def eden(x: Tensor, codes: Tensor, decoded: Tensor, spec: QuantSpec, axis: int, 
     y, q = x * decoded, codes * decoded
     dots = (stated_sum(v, axis).unflatten(axis - 1, (-1, tile)) for v in (y * y, y * q))
     yy, yq = (repeat(stated_sum(dot, axis).squeeze(axis), axis - 1, tile) for dot in dots)
-    fmt = FORMATS[spec.scale.format]
-    code = fmt.encode(decoded * torch.where(yq > 0, yy / yq, 1.0), spec.scale.rounding, noise)
-    return code, fmt.decode(code)
+    return FORMATS[spec.scale.format].round(decoded * torch.where(yq > 0, yy / yq, 1.0), spec.scale.rounding, noise)
 
 
 def repeat(x: Tensor, axis: int, times: int) -> Tensor:
@@ -194,9 +189,12 @@ def decode_outer(outer: Tensor, scale: Scale) -> Tensor:
     return torch.ones_like(f) / f
 
 
-def scale_dtype(scale: Scale) -> torch.dtype:
-    """Of stored scales: codes, but for fp32."""
-    return torch.float32 if scale.format == "fp32" else code_dtype(FORMATS[scale.format].bits)
+def scale_codes(decoded: Tensor, scale: Scale) -> Tensor:
+    """The inverse of `decode_scale`, but for what a Choice writes into the sign: scales as they are stored, or float8."""
+    if scale.format == "fp32":
+        return decoded
+    codes = FORMATS[scale.format].codes_of(decoded)
+    return codes if codes.itemsize == 1 else codes.to(code_dtype(FORMATS[scale.format].bits))
 
 
 def decode_scale(codes: Tensor, spec: QuantSpec | Choice) -> Tensor:

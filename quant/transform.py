@@ -35,8 +35,9 @@ def signs(size: int, kind: str, words: Tensor | None, device) -> Tensor:
     return (1 - 2 * bits.flatten()[:size]).to(torch.float32)
 
 
-def hadamard(tiles: Tensor, s: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def hadamard(tiles: Tensor, s: Tensor, dtype: torch.dtype = torch.bfloat16, cast: bool = True) -> Tensor:
     """tiles [A, d, C] of any float dtype, transformed along the middle axis with signs s [d] -> [A, d, C] in `dtype`.
+    cast: let torch round to BF16, whose cast is to the nearest, ties to even; else round by integers.
 
     A non-finite value makes its tile non-finite. The middle axis is the contraction: a contiguous operand [R, K] is
     [R K / d, d, 1], a transposed one, which lies in memory as [K, R], is [K / d, d, R].
@@ -50,4 +51,4 @@ def hadamard(tiles: Tensor, s: Tensor, dtype: torch.dtype = torch.bfloat16) -> T
                 xs[j], xs[j + h] = xs[j] + xs[j + h], xs[j] - xs[j + h]
         h *= 2
     xs = [v * d**-0.5 for v in xs]
-    return torch.stack([to_bfloat16(v) for v in xs] if dtype == torch.bfloat16 else xs, 1).to(dtype)
+    return torch.stack([v.to(dtype) if cast or dtype != torch.bfloat16 else to_bfloat16(v) for v in xs], 1)

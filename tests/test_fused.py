@@ -20,10 +20,13 @@ from torch._dynamo.utils import counters
 
 from configs import load
 from quant import Choice, Context, Linear, QuantSpec, Recipe, fuse, quantize
+from quant.formats import binade
+from quant.fuse import run
 from quant.quantize import decoded_values, quantized_values, rotated
 from quant.random import Key, random_ints
 from quant.spec import Scale
 
+fusing = sys.modules["quant.fuse"]  # (the name `quant.fuse` is the function)
 ROOT = Path(__file__).parent.parent
 NV, SQUARE, SR8 = QuantSpec(), QuantSpec(block=(16, 16)), QuantSpec(rounding="stochastic8")
 RHT, RHT_SR8 = QuantSpec(hadamard=16), QuantSpec(hadamard=16, rounding="stochastic8")
@@ -119,6 +122,17 @@ def test_it_says_what_runs_and_why(compiler):
     assert fuse(True) == "quantiser: fused by torch.compile (C++), bit-equal to eager"
 
 
+# --- the one thing that compiled code computes by another formula ---
+
+
+def test_binades_of_every_significand(compiler):
+    a = (torch.arange(2**23, dtype=torch.int32) + 0x3F800000).view(torch.float32)
+    compiled = torch.compile(binade, fullgraph=True, dynamic=True)
+    for k in (-100, -1, 0, 1, 100):  # and so in every binade: no operation is near an end of fp32
+        assert_same_bits(compiled(a * 2.0**k), torch.full_like(a, 2.0**k), f"2^{k} to 2^{k + 1}")
+    assert_same_bits(compiled(torch.zeros(32)), torch.zeros(32), "zero")
+
+
 # --- two operands of the NVFP4 recipe: g of dgrad, and x^T of wgrad, which is kept packed ---
 
 
@@ -137,15 +151,32 @@ def test_special_values(compiler):
         both(lambda x=x: kept(x), f"x^T: {what}")
 
 
+def traces() -> int:
+    return sum(map(len, fusing._traces.values()))
+
+
+def _twice_if_not_a_multiple_of_four(x):
+    return x * 2 if x.shape[0] % 4 else x * 1
+
+
 def test_other_sizes_compile_nothing(compiler):
     """Sizes change with the batch of an evaluation and from Linear to Linear: one unit must serve them all."""
     fuse(True)
     gradient(normal(64, 96)), kept(normal(64, 96))
-    before = counters["stats"]["unique_graphs"]
+    before = traces()
     for rows, k in ((32, 64), (96, 32), (128, 256), (48, 48), (240, 80)):
         x = normal(rows, k)
         both(lambda x=x: gradient(x) | {f"kept {name}": t for name, t in kept(x).items()}, f"{rows} x {k}")
-    assert counters["stats"]["unique_graphs"] == before, "units were compiled again for other sizes"
+    assert traces() == before, "units were compiled again for other sizes"
+
+
+def test_a_trace_serves_only_sizes_that_it_was_made_for(compiler):
+    """A unit may look at a size: then another size is another trace, and never a wrong answer."""
+    fuse(True)
+    for n, expected in ((6, 2), (8, 1), (3, 2), (4, 1), (16, 1), (5, 2)):
+        assert run(_twice_if_not_a_multiple_of_four, torch.ones(n)).tolist() == [expected] * n
+    found = [trace for (unit, *_), made in fusing._traces.items() for trace in made if unit is _twice_if_not_a_multiple_of_four]
+    assert len(found) == 2, "one trace for either branch"
 
 
 # --- everything ---
@@ -177,11 +208,11 @@ SPECS = [NV, SQUARE, RHT, SR8, QuantSpec(rounding="stochastic"), QuantSpec(scale
 )
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.short()} {s.scale.order}")
 def test_every_spec(spec, dtype, transposed, compiler):
-    if spec.hadamard == 128:  # longer than the operands of the others
-        x = special(dtype)["wild exponents"].repeat(4, 4)
-        both(lambda: three_ways(x.t() if transposed else x, spec), spec.short())
-    else:
-        check_spec(spec, dtype, transposed)
+    if spec.multiple[1] <= 32:
+        return check_spec(spec, dtype, transposed)
+    for what, x in special(dtype).items():  # longer than the operands of the others
+        x = x.repeat(8, 8)
+        both(lambda x=x: three_ways(x.t() if transposed else x, spec), f"{spec.short()} of {what}")
 
 
 @pytest.mark.slow

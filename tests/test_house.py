@@ -28,7 +28,7 @@ FLOORS = {
 }  # fmt: skip
 # The same inside quant; what stands on one line does not import each other.
 QUANT = [
-    ["rounding", "random", "fuse"], ["codebooks"], ["formats"], ["spec"], ["recipe", "scaling", "transform"], ["qtensor"],
+    ["fuse"], ["rounding", "random"], ["codebooks"], ["formats"], ["spec"], ["recipe", "scaling", "transform"], ["qtensor"],
     ["quantize"], ["choose", "metrics"], ["gemm"], ["linear"], ["site", "update"], ["policy"],
 ]  # fmt: skip
 QUANT_FLOORS = {name: floor for floor, names in enumerate(QUANT) for name in names}

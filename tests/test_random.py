@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import assert_same_bits
 
-from quant.random import Key, philox, random_ints
+from quant.random import Key, philox, random_bytes, random_ints
 from quant.recipe import OPERANDS, SIGNS
 
 # kat_vectors of the authors' library Random123, philox4x32-10: counter, key, answer
@@ -105,10 +105,12 @@ def expected_bits(key: Key, k: int, bits: int, row: int, column: int) -> int:
 def test_every_element_gets_the_documented_bits(bits, rows, k):
     key = Key(0xFEDCBA9876543210, 7, 2**32 - 1, 5)
     expected = [[expected_bits(key, k, bits, r, c) for c in range(k)] for r in range(rows)]
-    expected = torch.tensor(expected, dtype=torch.int32)
+    expected = torch.tensor(expected, dtype=torch.uint8 if bits <= 8 else torch.int32)
     assert_same_bits(random_ints(rows, k, bits, key.words()), expected, f"{rows} x {k}")
     transposed = random_ints(rows, k, bits, key.words(), transposed=True)
     assert_same_bits(transposed, expected.t(), f"{rows} x {k}, as it lies transposed in memory")
+    if bits == 8 and sys.byteorder == "little":
+        assert_same_bits(random_bytes(rows, k, key.words()).view(torch.uint8), expected, f"{rows} x {k}, eight bytes at a time")
 
 
 @pytest.mark.parametrize("bits", [3, 8, 13, 16, 17, 24])
