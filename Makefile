@@ -20,7 +20,7 @@ ready := .venv/.ready-$(DEVICE)
 groups = $(py) -c 'import sys, tomllib; table = tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]; \
 	print(*(line for name in sys.argv[1:] for line in table[name]), sep="\n")'
 
-.PHONY: help setup data train eval test test-all bench schema table lint resolve clean run-given config-exists
+.PHONY: help setup data train eval test test-all bench outcomes schema table lint resolve clean run-given config-exists
 .DEFAULT_GOAL := help
 
 help: ## this table
@@ -45,6 +45,9 @@ test-all: $(ready) ## run the tests, with the slow ones
 
 bench: $(ready) ## time the quantiser and a Linear, as ratios within one run [ARGS="--size 4096"]
 	$(py) bench.py $(ARGS)
+
+outcomes: $(ready) ## train every recipe on the small model, an hour [ARGS="NAME ... --jobs 2"]
+	$(py) -m studies.recipes $(ARGS)
 
 schema: $(ready) ## write configs/schema.json, by which editors complete and check the configs
 	$(py) -m configs.schema

@@ -1,4 +1,4 @@
-"""python bench.py [quantise|linear|step ...] [--size N] [--repeats N]: how long quantising takes, as ratios within one run.
+"""python bench.py [quantise|linear|step|recipes ...] [--size N] [--repeats N]: how long quantising takes, as ratios in one run.
 
     quantise   one BF16 tensor [N, N] quantised and packed: here, eagerly and compiled, and by torchao, gfloat and pychop where
                they are installed; against a copy of the same tensor, which is what memory alone would take
@@ -6,6 +6,8 @@
                too, as after an optimiser's step; against BF16. Then the bytes of activations that it keeps for backward
     step       Trainer.step of train.py with a model of d_model 512 on random tokens: forward, backward, clipping, AdamW, with
                recipe and policy as the config files have them; against BF16
+    recipes    a step of every config as it stands, the small model, against tiny-bf16; written to docs/measured.json too, from
+               which `make table` makes a column in README.md. Only by name: it compiles for a quarter of an hour at first
 
 Times are the least of several repeats, each row of a section in turn after one run to warm up, so that a busy machine slows
 all alike; read the ratios. A row measured on some rows of the tensor is scaled by the element (a small piece stays in the
@@ -17,6 +19,7 @@ stochastic rounding in torchao (on a CPU) and in pychop's blocks, transforms in 
 import argparse
 import io
 import itertools
+import json
 import logging
 import platform
 import re
@@ -36,6 +39,7 @@ from quant import Context, Linear, QuantSpec, Scale, fuse, quantize
 from quant.gemm import pick_mode
 from quant.linear import linears
 from quant.random import Key
+from run import Run
 from train import Trainer, keep_freed_memory
 
 ROOT = Path(__file__).parent
@@ -234,9 +238,10 @@ def bytes_kept(module: Linear, x: Tensor) -> int:
     return sum({t.data_ptr(): t.nbytes for t in saved if not (t.is_floating_point() and t.shape == own)}.values())
 
 
-def step(table: Table, args: argparse.Namespace, device: torch.device) -> None:
+def trainers(found: dict[str, Config]) -> tuple[dict[str, Work], dict[str, str]]:
+    """A training step of each on random tokens, and how many of its Linears have a recipe."""
     works, notes = {}, {}
-    for name, config in configs(WIDE).items():
+    for name, config in found.items():
         m, t = config.model, config.train
         ids = torch.randint(m.vocab_size, (t.batch_size, m.seq_len + 1), generator=torch.Generator().manual_seed(0))
         batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -249,19 +254,47 @@ def step(table: Table, args: argparse.Namespace, device: torch.device) -> None:
         works[name] = Work(lambda trainer=trainer, numbers=numbers: trainer.step(next(numbers)))
         modules = linears(trainer.model).values()
         notes[name] = f"{sum(module.recipe is not None for module in modules)} of {len(modules)} Linears"
-    sizes = f"{m.blocks} blocks of d_model {m.d_model}, {config.tokens_per_step} tokens"
-    table.say(f"\none training step, {sizes}, least of {args.repeats}")
+    return works, notes
+
+
+def step(table: Table, args: argparse.Namespace, device: torch.device) -> None:
+    found = configs(WIDE)
+    m, tokens = found["bf16"].model, found["bf16"].tokens_per_step
+    works, notes = trainers(found)
+    table.say(f"\none training step, {m.blocks} blocks of d_model {m.d_model}, {tokens} tokens, least of {args.repeats}")
     table.add("step", least(works, args.repeats), notes)
 
 
-SECTIONS = {"quantise": quantise, "linear": linear, "step": step}
+def recipes(table: Table, args: argparse.Namespace, device: torch.device) -> None:
+    base, left_out = "tiny-bf16", ("base", "nvfp4-1.2b")  # (the first is tiny-bf16, the second too large)
+    names = sorted(p.stem for p in (ROOT / "configs").glob("*.toml") if p.stem not in left_out)
+    found = {name: load(ROOT / f"configs/{name}.toml") for name in sorted(names, key=lambda name: name != base)}
+    works, notes = trainers(found)
+    table.say(f"\none training step of each config, {found[base].tokens_per_step} tokens, least of {args.repeats}")
+    seconds = least(works, args.repeats)
+    table.add("recipes", seconds, notes)
+    path = ROOT / "docs/measured.json"
+    ratios = {name: round(time / seconds[base], 2) for name, time in sorted(seconds.items())}
+    measured = json.loads(path.read_text()) | {"steps": {"commit": Run.commit(), "machine": machine(), "ratio": ratios}}
+    path.write_text(json.dumps(measured, indent=1) + "\n")
+    table.say(f"written to {path.relative_to(ROOT)}; make table brings README.md up to date")
+
+
+def machine() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M) or [platform.machine()]
+    names = names[:1] + [torch.cuda.get_device_name() for _ in range(torch.cuda.is_available())]
+    return f"{torch.get_num_threads()} threads, {', '.join(names)}"
+
+
+SECTIONS = {"quantise": quantise, "linear": linear, "step": step, "recipes": recipes}
 
 
 def main(argv: list[str]) -> int:
     # Without a usage of its own, a misuse is one sentence. `all` is a word, since a default has to be one of the choices.
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=raw)
-    parser.add_argument("what", nargs="*", choices=[*SECTIONS, "all"], default="all", help="default: all")
+    parser.add_argument("what", nargs="*", choices=[*SECTIONS, "all"], default="all", help="default: all but recipes")
     parser.add_argument("--size", type=int, default=8192, help="N, a multiple of 32; default 8192")
     parser.add_argument("--repeats", type=int, default=5, help="default 5; a Linear takes four times as many")
     args = parser.parse_args(argv)
@@ -269,13 +302,10 @@ def main(argv: list[str]) -> int:
         parser.error("--size is a multiple of 32 from 32 to 16384, and --repeats at least 1")
     keep_freed_memory()  # as in training
     table, device = Table(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M) or [platform.machine()]
-    names = names[:1] + [torch.cuda.get_device_name() for _ in range(device.type == "cuda")]
-    table.say(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {', '.join(names)}")
+    table.say(f"torch {torch.__version__}, {machine()}")
     table.say(fuse(True))
     for name, section in SECTIONS.items():
-        if name in args.what or "all" in args.what:
+        if name in args.what or ("all" in args.what and name != "recipes"):
             section(table, args, device)
     table.say("")
     for how, rows in table.fared.items():

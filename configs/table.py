@@ -2,7 +2,7 @@
 
 What its columns mean stands below it in README.md. All of it is computed from the config as resolved, at the start of the run,
 for the recipe that most FLOPs have; a paper is the first that the file's comment names (or that of the file which it extends);
-times are those in docs/measured.json.
+times and losses are those in docs/measured.json.
 """
 
 import json
@@ -34,6 +34,7 @@ HEAD = (
     "bits x, w",
     "below 16 bits",
     "step / BF16",
+    "loss",
 )
 
 
@@ -135,11 +136,11 @@ def row(path: Path, measured: dict) -> tuple[str, ...]:
     found = [words(c) for s in specs.values() if s for c in s.candidates]
     scales = dict.fromkeys(scale for scale, _ in found if scale != "unscaled")
     bits = ["–".join(dict.fromkeys(f"{b:.2f}".rstrip("0").rstrip(".") for b in r.bits(o))) for o in ("fprop.x", "fprop.w")]
-    time = measured.get(path.stem, {}).get("step_ratio")
+    time, end = measured["steps"]["ratio"].get(path.stem), measured["outcomes"].get(path.stem)
     return (
         *(f"[{path.stem}](configs/{path.name})", paper(path), *(a if a == b else f"{a} · {b}" for a, b in gemms)),
         *(", ".join(scales) or "-", also(r, [word for _, some in found for word in some])),
-        *(", ".join(bits), f"{r.below_16():.0%}", f"{time:g}" if time else "-"),
+        *(", ".join(bits), f"{r.below_16():.0%}", f"{time:g}" if time else "-", f"{end['loss']:.3f}" if end else "-"),
     )
 
 

@@ -88,20 +88,23 @@ def test_the_table_in_the_readme():
 
 
 def test_measurements_are_of_configs():
-    assert MEASURED.is_file()
-    for name, found in json.loads(MEASURED.read_text()).items():
+    measured = json.loads(MEASURED.read_text())
+    assert set(measured) == {"steps", "outcomes"} and set(measured["steps"]) == {"commit", "machine", "ratio"}
+    for name in [*measured["steps"]["ratio"], *measured["outcomes"]]:
         assert (CONFIGS / f"{name}.toml").is_file(), name
-        assert set(found) == {"step_ratio", "loss", "commit"} and re.fullmatch(r"[0-9a-f]{7,40}", found["commit"]), name
+    assert all(set(found) == {"loss", "commit"} for found in measured["outcomes"].values())
+    for commit in [measured["steps"]["commit"], *(found["commit"] for found in measured["outcomes"].values())]:
+        assert re.fullmatch(r"[0-9a-f]{7,40}", commit), f"{commit}: measured with changes that no commit has"
 
 
 def test_a_row():
-    measured = {"nvfp4": {"step_ratio": 1.5}}
+    measured = {"steps": {"ratio": {"nvfp4": 1.5}}, "outcomes": {"nvfp4": {"loss": 4.6354}}}
     assert row(CONFIGS / "nvfp4.toml", measured) == (
         *("[nvfp4](configs/nvfp4.toml)", "[2509.25149](https://arxiv.org/abs/2509.25149)"),
         *("e2m1/1x16 · e2m1/16x16", "e2m1/1x16 · e2m1/16x16", "e2m1/1x16"),
-        *("e4m3-tensor", "rht16 sr8", "4.5, 4.03", "55%", "1.5"),
+        *("e4m3-tensor", "rht16 sr8", "4.5, 4.03", "55%", "1.5", "4.635"),
     )
-    assert row(CONFIGS / "tiny-bf16.toml", measured)[1:] == ("-",) * 6 + ("16, 16", "0%", "-")
+    assert row(CONFIGS / "tiny-bf16.toml", measured)[1:] == ("-",) * 6 + ("16, 16", "0%", "-", "-")
 
 
 def test_the_paper_of_a_file_that_names_none_is_that_of_the_one_it_extends(tmp_path):
