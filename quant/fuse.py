@@ -101,26 +101,31 @@ def _kind(a: Tensor | int | None) -> tuple | int | None:
 
 def _fit(unit, constants: tuple, kinds: tuple, args: tuple) -> Callable:
     """A trace that fits these sizes, made now if there is none. (Sizes of 1 broadcast, so they make a trace of their own.)"""
-    but_sizes = tuple((*k[:3], *(n == 1 for n in k[3])) if isinstance(k, tuple) else k is None for k in kinds)
-    traces = _traces.setdefault((unit, constants, but_sizes), [])
+    ones = ((*k[:3], *(n == 1 for n in k[3])) if isinstance(k, tuple) else k and k == 1 for k in kinds)
+    traces = _traces.setdefault((unit, constants, *ones), [])
     for trace in traces:
-        if trace.fits(_sizes(args)):
+        if trace.fits(_sizes([args[i] for i in _given(args)])):
             return trace.call
     traces.append(_trace(unit, args, dict(constants)))
     return traces[-1].call
 
 
-def _sizes(args) -> list[int]:
-    return [n for a in args if a is not None for n in (a.shape if isinstance(a, Tensor) else (a,))]
+def _given(args: tuple) -> list[int]:
+    """Which arguments a trace has as inputs; the others are constants of it."""
+    return [i for i, a in enumerate(args) if isinstance(a, Tensor) or a not in (None, 1)]
+
+
+def _sizes(inputs: list) -> list[int]:
+    return [n for a in inputs for n in (a.shape if isinstance(a, Tensor) else (a,))]
 
 
 def _trace(unit, args: tuple, constants: dict) -> _Traced:
     global _tracing
-    given = [i for i, a in enumerate(args) if a is not None]
+    given = _given(args)
 
     def function(*inputs):
-        filled = dict(zip(given, inputs, strict=True))
-        return unit(*(filled.get(i) for i in range(len(args))), **constants)
+        filled = dict(enumerate(args)) | dict(zip(given, inputs, strict=True))
+        return unit(*filled.values(), **constants)
 
     # (Sizes that are equal now need not be so later: no duck shapes.)
     duck, _config.use_duck_shape, _tracing = _config.use_duck_shape, False, True
@@ -138,7 +143,7 @@ def _trace(unit, args: tuple, constants: dict) -> _Traced:
     single = not isinstance(graph.graph.output_node().args[0], tuple | list)
 
     def call(*args):
-        found = compiled(*[a for a in args if a is not None])
+        found = compiled(*[args[i] for i in given])
         return found[0] if single else found
 
     return _Traced(eval(f"lambda sizes: {guards}", dict(SYMPY_INTERP)), call)

@@ -170,6 +170,14 @@ def test_other_sizes_compile_nothing(compiler):
     assert traces() == before, "units were compiled again for other sizes"
 
 
+def test_a_single_row(compiler):
+    """A vector, as the gains of norms are: sizes of 1 are no symbols."""
+    for shape in ((1, 96), (2, 96), (1, 64), (96,)):
+        x = normal(*shape)
+        for spec in (SR8, QuantSpec(rounding="stochastic"), QuantSpec("e4m3", (1, 32), Scale("e8m0"))):
+            both(lambda x=x, spec=spec: {"codes": quantize(x, spec, KEY).codes()}, f"{spec.short()} of {list(shape)}")
+
+
 def test_a_trace_serves_only_sizes_that_it_was_made_for(compiler):
     """A unit may look at a size: then another size is another trace, and never a wrong answer."""
     fuse(True)
