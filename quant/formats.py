@@ -12,7 +12,7 @@ normals, subnormals and the carry into the next binade alike:
 and every rounding mode is a way to choose between the two multiples of the unit next to |x| (rounding.py). An integer of n
 bits is the case E = 0: one binade, M = n - 1, in two's complement, with an implicit scale of 2^(2 - n), as MXINT8 has it; the
 most negative code is never written. All of it is fp32 and int32 arithmetic that gives the same bits on every device; no cast
-decides a rounding (casts differ between torch, Triton's interpreter and hardware): what is cast lies on the grid already.
+decides one of these roundings (casts differ between torch, Triton's interpreter and hardware): what is cast lies on the grid.
 
 There are two ways to 2^e, and to a code from its value and back, of the same bits. Eager code takes the exponent from the bit
 pattern of x. Compiled C++ takes a view between fp32 and int32 through memory, at the cost of ten operations; there, with
@@ -97,8 +97,9 @@ class Format:
         object.__setattr__(self, "max", self._magnitude(top))
         object.__setattr__(self, "tiny", self.zero or self._magnitude(1))
         binades = 1 if self.integer else self.emax - emin + 1
-        object.__setattr__(self, "plain", self.emax + 24 <= 127 and emin - M >= -126)
-        object.__setattr__(self, "bends", tuple(range(1, binades)) if binades <= 8 else None)
+        # (2^24 parts of a unit, which 24 random bits tell apart, are numbers of fp32 down to a unit of 2^-125.)
+        object.__setattr__(self, "plain", self.emax + 24 <= 127 and emin - M >= -125)
+        object.__setattr__(self, "bends", tuple(range(1, binades)) if binades <= 8 and self.plain else None)
         object.__setattr__(self, "cast", self.torch_dtype in (torch.float8_e4m3fn, torch.float8_e5m2))
 
     def _magnitude(self, code: int) -> float:
@@ -175,7 +176,7 @@ class Format:
         else:
             bits = (a.view(torch.int32) >> (23 - m)) - ((emin + 126) << m)
             subnormal = self.integer | (a < 2.0**emin) if emin > -126 else a < 0
-            code = torch.where(subnormal, a * 2.0 ** (m - emin) if emin > -126 else a, bits.to(torch.float32))
+            code = torch.where(subnormal, a * 2.0**-emin * 2.0**m, bits.to(torch.float32))
         if self.zero:
             good = good & (torch.copysign(torch.ones_like(value), value if x is None else x) > 0)
         elif self.integer:
@@ -232,7 +233,7 @@ class Format:
 
 
 def binade(a: Tensor) -> Tensor:
-    """fp32 a, 0 or normal and below 2^103 -> 2^floor(log2 a), or 0."""
+    """fp32 a, 0 or normal and below 2^104 -> 2^floor(log2 a), or 0."""
     if compiling() and a.device.type == "cpu":
         u = a * 0.75
         g = u * (2.0**23 + 1)
@@ -247,7 +248,7 @@ def code_dtype(bits: int) -> torch.dtype:
 
 def to_bfloat16(x: Tensor) -> Tensor:
     """fp32 -> BF16, nearest even, as three integer operations (FORMATS["bf16"].round is the meaning, but takes 30, and
-    the Hadamard transform rounds 16 of them in one loop). Overflow gives Inf, NaN stays NaN."""
+    a Hadamard transform within a larger compiled graph rounds 16 of them in one loop). Overflow gives Inf, NaN stays NaN."""
     bits = x.view(torch.int32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
     return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)

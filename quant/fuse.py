@@ -16,6 +16,7 @@ vectors (the intrinsics it is made of, alone, show it too). Units therefore comp
 import functools
 import platform
 import re
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,13 +31,17 @@ from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 # waits for two stores to finish; 32-byte vectors made the whole NVFP4 quantiser 1.5 times as fast on an AVX-512 machine.
 # Units without such views take what the machine has: Philox then runs 1.6 to 2.4 times as fast, bytes load 4 times as fast.
 # `unit.wide`, a function of the unit's constants, says when.
-OPTIONS = {"cpp.simdlen": 256} if platform.machine() in ("x86_64", "AMD64") else {}
-_on = _tracing = False
+NARROW = {"cpp.simdlen": 256} if platform.machine() in ("x86_64", "AMD64") else {}
+# Of its Triton: IEEE divisions, and no multiply-add where there are a product and a sum (as documented; not run yet).
+OPTIONS = {"eager_numerics.division_rounding": True, "emulate_precision_casts": True} if torch.cuda.is_available() else {}
+_on = False
+_here = threading.local()  # .tracing: whether this thread traces a unit
+_lock = threading.RLock()
 
 
 def compiling() -> bool:
     """Whether what runs is being traced: as a unit, or within a larger graph by torch.compile."""
-    return _tracing or torch.compiler.is_compiling()
+    return torch.compiler.is_compiling() or getattr(_here, "tracing", False)
 
 
 def fuse(on: bool) -> str:
@@ -49,7 +54,9 @@ def fuse(on: bool) -> str:
     _on = not obstacle
     if obstacle:
         return f"quantiser: eager, {obstacle}"
-    return f"quantiser: fused by torch.compile ({'Triton' if torch.cuda.is_available() else 'C++'}), bit-equal to eager"
+    cuda = torch.cuda.is_available()
+    how = "(Triton), meant to be bit-equal to eager but not yet compared" if cuda else "(C++), bit-equal to eager"
+    return f"quantiser: fused by torch.compile {how}"
 
 
 @functools.cache
@@ -57,7 +64,7 @@ def _obstacle() -> str:
     """Why nothing can be compiled here, or ""; found by trying."""
     ones = torch.ones(32, device="cuda" if torch.cuda.is_available() else "cpu")
     try:
-        _trace(_negated, (ones,), {}).call(ones)
+        _trace(_negated, [ones], {}).call(ones)
     except Exception as error:  # of the compiler, of Triton, or of torch: any of them means no
         lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
         reason = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
@@ -77,10 +84,13 @@ def run(unit, *args, **constants):
     with torch.no_grad():
         if not _on:
             return unit(*args, **constants)
+        args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
         place = unit, tuple(constants.items()), tuple(map(_kind, args))
-        if place not in _fitting:
-            _fitting[place] = _fit(*place, args)
-        return _fitting[place](*args)
+        call = _fitting.get(place)
+        if call is None:
+            with _lock:
+                call = _fitting[place] = _fit(*place, args)
+        return call(*args)
 
 
 class _Traced(NamedTuple):
@@ -95,14 +105,14 @@ _traces: dict[tuple, list[_Traced]] = {}  # the same but for sizes -> all that h
 
 
 def _kind(a: Tensor | int | None) -> tuple | int | None:
-    """All that a compiled unit may depend on of an argument, but for its elements."""
-    return (a.dtype, a.device, a.is_contiguous() or a.stride(), a.shape) if isinstance(a, Tensor) else a
+    """All that a compiled unit may depend on of an argument, which is contiguous, but for its elements."""
+    return (a.dtype, a.device, a.shape) if isinstance(a, Tensor) else a
 
 
-def _fit(unit, constants: tuple, kinds: tuple, args: tuple) -> Callable:
-    """A trace that fits these sizes, made now if there is none. (Sizes of 1 broadcast, so they make a trace of their own.)"""
-    ones = ((*k[:3], *(n == 1 for n in k[3])) if isinstance(k, tuple) else k and k == 1 for k in kinds)
-    traces = _traces.setdefault((unit, constants, *ones), [])
+def _fit(unit, constants: tuple, kinds: tuple, args: list) -> Callable:
+    """A trace that fits these sizes, made now if there is none. (0 and 1 are no symbols to a trace, but numbers.)"""
+    rough = ((*k[:2], *(min(n, 2) for n in k[2])) if isinstance(k, tuple) else k if k is None else min(k, 2) for k in kinds)
+    traces = _traces.setdefault((unit, constants, *rough), [])
     for trace in traces:
         if trace.fits(_sizes([args[i] for i in _given(args)])):
             return trace.call
@@ -110,36 +120,36 @@ def _fit(unit, constants: tuple, kinds: tuple, args: tuple) -> Callable:
     return traces[-1].call
 
 
-def _given(args: tuple) -> list[int]:
+def _given(args: list) -> list[int]:
     """Which arguments a trace has as inputs; the others are constants of it."""
-    return [i for i, a in enumerate(args) if isinstance(a, Tensor) or a not in (None, 1)]
+    return [i for i, a in enumerate(args) if isinstance(a, Tensor) or a not in (None, 0, 1)]
 
 
 def _sizes(inputs: list) -> list[int]:
     return [n for a in inputs for n in (a.shape if isinstance(a, Tensor) else (a,))]
 
 
-def _trace(unit, args: tuple, constants: dict) -> _Traced:
-    global _tracing
+def _trace(unit, args: list, constants: dict) -> _Traced:
     given = _given(args)
+    examples = [args[i].detach() if isinstance(args[i], Tensor) else args[i] for i in given]  # (no tensor twice: two inputs)
 
     def function(*inputs):
         filled = dict(enumerate(args)) | dict(zip(given, inputs, strict=True))
         return unit(*filled.values(), **constants)
 
     # (Sizes that are equal now need not be so later: no duck shapes.)
-    duck, _config.use_duck_shape, _tracing = _config.use_duck_shape, False, True
+    duck, _config.use_duck_shape, _here.tracing = _config.use_duck_shape, False, True
     try:
-        graph = make_fx(function, tracing_mode="symbolic")(*(args[i] for i in given))
+        graph = make_fx(function, tracing_mode="symbolic")(*examples)
     finally:
-        _config.use_duck_shape, _tracing = duck, False
+        _config.use_duck_shape, _here.tracing = duck, False
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    wide = getattr(unit, "wide", lambda **_: False)(**constants)
+    compiled = torch._inductor.compile(graph, inputs, OPTIONS | ({} if wide else NARROW))
     sizes = _sizes(inputs)
     symbols = [i for i, n in enumerate(sizes) if isinstance(n, torch.SymInt)]
     guards = graph.shape_env.produce_guards_expression([sizes[i] for i in symbols]) or "True"
     guards = re.sub(r"L\['t(\d+)'\]", lambda found: f"sizes[{symbols[int(found[1])]}]", guards)
-    wide = getattr(unit, "wide", lambda **_: False)(**constants)
-    compiled = torch._inductor.compile(graph, inputs, {} if wide else OPTIONS)
     single = not isinstance(graph.graph.output_node().args[0], tuple | list)
 
     def call(*args):

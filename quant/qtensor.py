@@ -74,6 +74,9 @@ def part_nibbles(packed: Tensor, axis: int) -> Tensor:
     return (codes | codes << 4) & 0x0F0F0F0F0F0F0F0F
 
 
+join_nibbles.wide = part_nibbles.wide = lambda **_: True  # (quant/fuse.py)
+
+
 def split(packed: Tensor, bits: int) -> tuple[Tensor, ...]:
     """The codes of `packed` as int32, one tensor for each code of a byte, the even ones first."""
     packed = packed.to(torch.int32)
@@ -86,7 +89,7 @@ def join(parts: Sequence[Tensor], axis: int) -> Tensor:
 
 
 def decode_elements(codes: Tensor, flag: Tensor | None, spec: QuantSpec | Choice) -> Tensor:
-    """int codes -> fp32 values; `flag` (`scaling.second`): where they are of the second of two element formats."""
+    """Codes, ints or float8 -> fp32 values; `flag` (`scaling.second`): where they are of the second of two element formats."""
     values = spec.elements[0].decode(codes)
     return values if flag is None else torch.where(flag, spec.elements[1].decode(codes), values)
 

@@ -106,15 +106,7 @@ def _pack(blocks, enc, scale, noise, *, spec, axis, apart):
     infinite = x if enc is None else None  # unscaled: what is not finite has no other place
     codes = [element.codes_of(element.round(x, spec.rounding, noise), infinite) for element in spec.elements]
     codes = codes[0] if len(codes) == 1 else torch.where(second(scale, spec), _stored(codes[1]), _stored(codes[0]))
-    return codes if apart == "apart" else pack(codes, spec.element.bits, axis)
-
-
-def _joined(codes, *, axis):
-    return join_nibbles(codes, axis)
-
-
-def _parted(packed, *, axis):
-    return part_nibbles(packed, axis)
+    return codes if apart else pack(codes, spec.element.bits, axis)
 
 
 def _values(blocks, enc, scale, decoded, outer, noise, *, spec, axis):
@@ -130,7 +122,7 @@ def _values(blocks, enc, scale, decoded, outer, noise, *, spec, axis):
 def _decode(packed, scale, decoded, outer, *, spec, axis, apart):
     """-> what a GEMM multiplies, of packed codes (joined as BF16: three times as fast as joining codes), or codes `apart`."""
     flag = None if scale is None else second(scale, spec)
-    found = (packed,) if apart == "apart" else split(packed, spec.element.bits)
+    found = (packed,) if apart else split(packed, spec.element.bits)
     return join([_product(decode_elements(codes, flag, spec), decoded, outer, spec, axis) for codes in found], axis)
 
 
@@ -157,11 +149,8 @@ def _outer(outer, spec, axis):
 
 
 def _noise(rows, k, words, *, rounding, axis):
-    return random_ints(rows, k, random_bits(rounding), words, transposed=axis == 1)
-
-
-def _noise_of_bytes(rows, k, words):
-    return random_bytes(rows, k, words)
+    ints = random_ints(rows, k, random_bits(rounding), words, transposed=axis == 1)
+    return ints if ints.itemsize == 1 else ints.to(torch.float32)  # exact, and what rounding would make of them
 
 
 def _rounds_without_views(*, spec, **_):
@@ -179,7 +168,7 @@ def _codes_without_views(*, spec, **_):
     return formats == list(spec.elements) and all(f.cast or (f.bends is not None and f.nan_code is None) for f in formats)
 
 
-_noise.wide = _noise_of_bytes.wide = _joined.wide = _parted.wide = lambda **_: True  # integers only
+_noise.wide = lambda **_: True
 _values.wide = _error.wide = _rounds_without_views
 _pack.wide = _decode.wide = _codes_without_views
 _scales.wide = _scales_without_views
@@ -265,7 +254,7 @@ def _prepare(x: Tensor, spec: QuantSpec | Choice, key: Key | None, sign_key: Key
 def _noise_for(rows: int, k: int, words: Tensor, rounding: str, axis: int) -> Tensor:
     """`random_ints` of an operand as it lies in memory."""
     if random_bits(rounding) == 8 and axis == 3 and sys.byteorder == "little":
-        return run(_noise_of_bytes, rows, k, words).view(torch.uint8)
+        return run(random_bytes, rows, k, words).view(torch.uint8)
     return run(_noise, rows, k, words, rounding=rounding, axis=axis)
 
 
@@ -298,10 +287,10 @@ def quantize(
     """
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     blocks, noise, codes, enc, decoded, outer, transposed, axis = _prepare(rows, spec, key, sign_key, held)
-    apart = "apart" if spec.element.bits <= 4 and blocks.shape[2] * blocks.shape[3] % 8 == 0 else ""
+    apart = spec.element.bits <= 4 and blocks.shape[2] * blocks.shape[3] % 8 == 0
     packed = _stored(run(_pack, blocks, enc, codes, noise, spec=spec, axis=axis, apart=apart)).flatten(2, 3).flatten(0, 1)
     if apart:
-        packed = run(_joined, packed.view(torch.int64), axis=axis).view(torch.uint8)
+        packed = run(join_nibbles, packed.view(torch.int64), axis=axis).view(torch.uint8)
     if codes is None and decoded is not None:
         codes = _codes_of_scales(decoded, spec)
     scale, outer = (
@@ -337,9 +326,9 @@ def decoded_values(q: QTensor) -> tuple[Tensor, Tensor | None]:
     b0, b1 = q.spec.blocks_of(rows, k)
     eight = torch.int64 if transposed else torch.int32  # codes, packed
     aligned = torch.compiler.is_compiling() or packed.storage_offset() % eight.itemsize == 0
-    apart = "apart" if q.spec.element.bits > 4 or (aligned and packed.shape[1] % eight.itemsize == 0) else ""
+    apart = q.spec.element.bits > 4 or (aligned and packed.shape[1] % eight.itemsize == 0)
     if apart and q.spec.element.bits <= 4:
-        packed = run(_parted, packed.view(eight), axis=axis).view(torch.uint8)
+        packed = run(part_nibbles, packed.view(eight), axis=axis).view(torch.uint8)
     packed = _as_floats(packed, q.spec.elements)
     blocks = to_blocks(packed, (b0, b1 * packed.numel() // (rows * k)), transposed)
     scale, outer = (

@@ -63,7 +63,7 @@ def statistic(blocks: Tensor, scale: Scale, axis: int = 3) -> Tensor:
     magnitude of each block, NaN if it has one; or the standard deviation, sqrt(mean of squares - squared mean) (QuEST,
     arXiv:2502.05003)."""
     if scale.statistic == "absmax":
-        blocks = blocks.to(torch.float32) if compiling() else blocks  # (compiled, BF16 would be so twice)
+        blocks = blocks.to(torch.float32) if compiling() else blocks  # (compiled, abs of BF16 goes to fp32 and back)
         return blocks.abs().amax((1, 3), keepdim=True).to(torch.float32)
     x, count = blocks.to(torch.float32), blocks.shape[1] * blocks.shape[3]
     mean, squares = (block_sum(v, axis) * (1 / count) for v in (x, x * x))
@@ -82,7 +82,7 @@ def power_of_two(a: Tensor, T: float, up: bool) -> Tensor:
         p = torch.where(b > p * t, p * 2, p)
     elif t > 1:
         p = torch.where(b < p * t, p * 0.5, p)
-    p = p * 2.0 ** (1 - exponent) * torch.where(small, 2.0**-66, torch.where(large, 2.0**66, 1.0))
+    p = p * torch.where(small, 2.0 ** (1 - exponent - 66), 2.0 ** (1 - exponent)) * torch.where(large, 2.0**66, 1.0)
     return torch.where(a.isfinite(), p.clamp(2.0**-127, 2.0**127), torch.nan)
 
 

@@ -66,9 +66,9 @@ class Scale:
     order: Literal["g2", "g1"] = "g2"
     rule: Literal["floor", "ceil", "rceil", "even"] | None = None
     statistic: Literal["absmax", "std"] = "absmax"
-    target: float | None = Field(None, gt=0, allow_inf_nan=False)
-    outer_target: float | None = Field(None, gt=0, allow_inf_nan=False)
-    multiplier: float = Field(1.0, gt=0, allow_inf_nan=False)
+    target: float | None = Field(None, ge=1e-30, le=1e30)
+    outer_target: float | None = Field(None, ge=1e-30, le=1e30)
+    multiplier: float = Field(1.0, ge=1e-30, le=1e30)
     outer_format: Literal["fp32", "m8"] = "fp32"
     history: int = Field(0, ge=0)
     rounding: str = "nearest"
@@ -170,6 +170,8 @@ class QuantSpec:
         if self.hadamard and (self.hadamard < 2 or self.hadamard & (self.hadamard - 1)):
             raise ValueError(f"hadamard {self.hadamard}: expected 0 (off) or a power of two")
         scale = self.scale
+        if isinstance(self.element, Format) and self.element.zero:
+            raise ValueError(f"format {self.format!r} has neither zero nor signs: it is for scales, not for elements")
         if scale.format == "none":
             object.__setattr__(self, "block", (-1, -1))
         if scale.format == "none" and self.element.nan_code is None:
@@ -192,6 +194,8 @@ class QuantSpec:
                 f"correction 'eden' is for elements rounded to nearest, in blocks [1, N] within a tile of hadamard "
                 f"{self.hadamard}, not {self.rounding!r} in {list(self.block)}"
             )
+        if scale.stochastic and self.block[1] == -1:
+            raise ValueError(f"scale rounding {scale.rounding!r}: expected blocks along a row, not {list(self.block)}")
 
     @property
     def candidates(self) -> "tuple[QuantSpec, ...]":

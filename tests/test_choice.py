@@ -474,6 +474,8 @@ WRONG_SCALES = [
     ({"outer": "1x0"}, "outer"),
 ]  # fmt: skip
 WRONG_SPECS = [
+    ({"format": "e8m0", "scale": {"format": "fp32"}}, "format 'e8m0' has neither zero nor signs: it is for scales"),
+    ({"block": (1, -1), "scale": {"format": "bf16", "rounding": "stochastic8"}}, "expected blocks along a row, not [1, -1]"),
     ({"scale": CORRECTED}, "correction 'eden' needs a Hadamard transform with signs 'fresh': with fixed ones the same error"),
     ({"scale": CORRECTED, "hadamard": 32}, "correction 'eden' needs a Hadamard transform with signs 'fresh'"),
     ({"scale": CORRECTED, "hadamard": 32, "signs": "none"}, "correction 'eden' needs a Hadamard transform with signs 'fresh'"),

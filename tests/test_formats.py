@@ -58,9 +58,12 @@ DESCRIBED = {
     "e3m4b5": described("e3m4b5", 3, 4, bias=5),
     "ue2m5b-3": described("ue2m5b-3", 2, 5, bias=-3, signed=False),
     "e5m2b120": described("e5m2b120", 5, 2, bias=120),
+    "e3m3b126": described("e3m3b126", 3, 3, bias=126),
+    "e4m3b124": described("e4m3b124", 4, 3, bias=124),
+    "e1m0b127": described("e1m0b127", 1, 0, bias=127),
 }
 ALL = [FORMATS[name] for name in [*THEIRS, *DESCRIBED]]
-NARROW = ["e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "e4m3-fnuz", "e5m3", "int4", "e7m2", "e3m4b5", "ue4m4"]
+NARROW = ["e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "e4m3-fnuz", "e5m3", "int4", "e7m2", "e3m4b5", "ue4m4", "e4m3b124"]
 SIGNED_ZERO = [f for f in ALL if f.signed and f.negative_zero and not f.integer]
 formats = pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.name)
 narrow = pytest.mark.parametrize("fmt", [FORMATS[n] for n in NARROW], ids=NARROW)

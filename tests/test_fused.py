@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 
 from configs import load
 from quant import Choice, Context, Linear, QuantSpec, Recipe, fuse, quantize
-from quant.formats import binade
+from quant.formats import FORMATS, binade
 from quant.fuse import run
 from quant.quantize import decoded_values, quantized_values, rotated
 from quant.random import Key, random_ints
@@ -122,7 +122,33 @@ def test_it_says_what_runs_and_why(compiler):
     assert fuse(True) == "quantiser: fused by torch.compile (C++), bit-equal to eager"
 
 
-# --- the one thing that compiled code computes by another formula ---
+# --- what compiled code computes by other formulas ---
+
+
+LINES = ["e2m1", "e3m10b114", "int8"]
+MANY = [f"e{E}m{M}" for E in (1, 2, 3) for M in range(11)] + ["e1m3b122", "e2m5b-3", "ue3m2", "int2"]
+
+
+@pytest.mark.parametrize("names", [LINES, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "many"])
+def test_codes_and_values_along_the_line(names, compiler):
+    """Every code."""
+    for f in (FORMATS[name] for name in names):
+        assert f.bends is not None
+        codes = torch.arange(2**f.bits, dtype=torch.uint8 if f.bits <= 8 else torch.int32)
+        values = f.decode(codes)
+        own = {"values": run(_decoded, codes, format=f.name), "codes": run(_codes, values, format=f.name)}
+        fuse(True)
+        assert_same_bits(run(_decoded, codes, format=f.name), own["values"], f"{f.name}: values of all codes")
+        assert_same_bits(run(_codes, values, format=f.name), own["codes"], f"{f.name}: codes of all values")
+        fuse(False)
+
+
+def _decoded(codes, *, format):
+    return FORMATS[format].decode(codes)
+
+
+def _codes(values, *, format):
+    return FORMATS[format].codes_of(values)
 
 
 def test_binades_of_every_significand(compiler):
@@ -176,6 +202,24 @@ def test_a_single_row(compiler):
         x = normal(*shape)
         for spec in (SR8, QuantSpec(rounding="stochastic"), QuantSpec("e4m3", (1, 32), Scale("e8m0"))):
             both(lambda x=x, spec=spec: {"codes": quantize(x, spec, KEY).codes()}, f"{spec.short()} of {list(shape)}")
+
+
+def test_one_tensor_given_twice_is_two_inputs(compiler):
+    fuse(True)
+    a, b = torch.full((8,), 5.0), torch.ones(8)
+    assert run(_difference, a, a).tolist() == [0.0] * 8
+    assert run(_difference, a, b).tolist() == [4.0] * 8
+
+
+def _difference(a, b):
+    return a - b
+
+
+def test_strides_do_not_matter(compiler):
+    a = normal(12, 10).float()
+    fuse(True)
+    for view in (a, a.t(), a[:, :6], a[::2], a[:1], a[:0]):
+        assert_same_bits(run(_difference, view, view * 2), view - view * 2, f"{view.shape}, {view.stride()}")
 
 
 def test_a_trace_serves_only_sizes_that_it_was_made_for(compiler):
@@ -316,13 +360,13 @@ def test_one_compilation_serves_all_sizes_and_callers(compiler):
     """No step compiles again: not for a size equal to a block's, a view, an input with a gradient, or another grad mode."""
     fuse(True)
     quantized_values(normal(48, 96), NV)
-    before = counters["stats"]["unique_graphs"]
+    before = traces()
     quantized_values(normal(256, 256), NV)  # 256 / 16 blocks of 16
     quantized_values(normal(16, 32).requires_grad_(), NV)
     quantized_values(normal(4, 32, 64)[1], NV)
     with torch.no_grad():
         quantized_values(normal(32, 512), NV)
-    assert counters["stats"]["unique_graphs"] == before, "compiled again"
+    assert traces() == before, "compiled again"
 
 
 ALL = [

@@ -87,7 +87,7 @@ def exponents(a: np.ndarray, format: str, rule: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("format", [*MX, "int8", "int4", "e5m1", "posit8-es1"])
+@pytest.mark.parametrize("format", [*MX, "int8", "int4", "e5m1", "posit8-es1", "e2m1b127"])
 def test_every_significand_of_an_amax(format, rule):
     """All 2^23, in one binade, against the definitions; then that other binades only shift the code."""
     if rule == "even" and format == "posit8-es1":
