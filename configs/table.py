@@ -1,4 +1,5 @@
-"""python -m configs.table: write the table of recipes, one line for each config, between two comments in README.md.
+"""python -m configs.table: write the table of recipes, one line for each config, between two comments in README.md, and what
+was measured of a config as the last line of the comment at its top.
 
 What its columns mean stands below it in README.md. All of it is computed from the config as resolved, at the start of the run,
 for the recipe that most FLOPs have; a paper is the first that the file's comment names (or that of the file which it extends);
@@ -23,6 +24,7 @@ from quant.spec import QuantSpec, Spec
 ROOT = Path(__file__).parent.parent
 README, MEASURED = ROOT / "README.md", ROOT / "docs/measured.json"
 BEGIN, END = "<!-- make table -->", "<!-- end of the table -->"
+SEEN = "Measured (README.md, The recipes so far):"
 HEAD = (
     "config",
     "paper",
@@ -157,5 +159,19 @@ def renewed(text: str) -> str:
     return f"{before}{BEGIN}\n\n{table()}\n{END}{rest.split(END)[1]}"
 
 
+def said(path: Path, measured: dict) -> str:
+    """A config's text with what one should see, if it has been measured."""
+    text = path.read_text(encoding="utf-8")
+    comment = re.match(r"(?:#.*\n)*", text)[0]
+    time, end = measured["steps"]["ratio"].get(path.stem), measured["outcomes"].get(path.stem)
+    found = [f"final validation loss {end['loss']:.3f} nats/token at its seed, one thread"] if end else []
+    found += [f"a step takes {time:g} times that of tiny-bf16"] if time else []
+    line = f"# {SEEN} {'; '.join(found)}.\n" if found else ""
+    return re.sub(rf"# {SEEN}.*\n", "", comment) + line + text[len(comment) :]
+
+
 if __name__ == "__main__":
+    known = json.loads(MEASURED.read_text())
+    for file in sorted((ROOT / "configs").glob("*.toml")):
+        file.write_text(said(file, known), encoding="utf-8")
     README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from configs import load
-from configs.table import MEASURED, README, Resolved, element_bits, paper, renewed, row
+from configs.table import MEASURED, README, Resolved, element_bits, paper, renewed, row, said
 from quant import QuantSpec, Scale, quantize
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +85,11 @@ def test_lines_are_short(page):
 def test_the_table_in_the_readme():
     text = README.read_text(encoding="utf-8")
     assert text == renewed(text), "the table of recipes in README.md is of other configs or measurements: make table"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_config_says_what_was_measured_of_it(path):
+    assert path.read_text(encoding="utf-8") == said(path, json.loads(MEASURED.read_text())), "make table"
 
 
 def test_measurements_are_of_configs():
