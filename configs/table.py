@@ -24,7 +24,7 @@ from quant.spec import QuantSpec, Spec
 ROOT = Path(__file__).parent.parent
 README, MEASURED = ROOT / "README.md", ROOT / "docs/measured.json"
 BEGIN, END = "<!-- make table -->", "<!-- end of the table -->"
-SEEN = "Measured (README.md, The recipes so far):"
+SEEN = "Measured (README.md, recipes):"
 HEAD = (
     "config",
     "paper",
@@ -164,10 +164,10 @@ def said(path: Path, measured: dict) -> str:
     text = path.read_text(encoding="utf-8")
     comment = re.match(r"(?:#.*\n)*", text)[0]
     time, end = measured["steps"]["ratio"].get(path.stem), measured["outcomes"].get(path.stem)
-    found = [f"final validation loss {end['loss']:.3f} nats/token at its seed, one thread"] if end else []
-    found += [f"a step takes {time:g} times that of tiny-bf16"] if time else []
+    found = [f"validation loss {end['loss']:.3f} nats/token at the end"] if end else []
+    found += [f"a step {time:g} times that of tiny-bf16"] if time else []
     line = f"# {SEEN} {'; '.join(found)}.\n" if found else ""
-    return re.sub(rf"# {SEEN}.*\n", "", comment) + line + text[len(comment) :]
+    return re.sub(rf"# {re.escape(SEEN)}.*\n", "", comment) + line + text[len(comment) :]
 
 
 if __name__ == "__main__":
