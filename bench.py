@@ -40,6 +40,7 @@ from quant.gemm import pick_mode
 from quant.linear import linears
 from quant.random import Key
 from run import Run
+from studies.recipes import BASE, MEASURED, NAMES
 from train import Trainer, keep_freed_memory
 
 ROOT = Path(__file__).parent
@@ -266,18 +267,15 @@ def step(table: Table, args: argparse.Namespace, device: torch.device) -> None:
 
 
 def recipes(table: Table, args: argparse.Namespace, device: torch.device) -> None:
-    base, left_out = "tiny-bf16", ("base", "nvfp4-1.2b")  # (the first is tiny-bf16, the second too large)
-    names = sorted(p.stem for p in (ROOT / "configs").glob("*.toml") if p.stem not in left_out)
-    found = {name: load(ROOT / f"configs/{name}.toml") for name in sorted(names, key=lambda name: name != base)}
+    found = {name: load(ROOT / f"configs/{name}.toml") for name in sorted(NAMES, key=lambda name: name != BASE)}
     works, notes = trainers(found)
-    table.say(f"\none training step of each config, {found[base].tokens_per_step} tokens, least of {args.repeats}")
+    table.say(f"\none training step of each config, {found[BASE].tokens_per_step} tokens, least of {args.repeats}")
     seconds = least(works, args.repeats)
     table.add("recipes", seconds, notes)
-    path = ROOT / "docs/measured.json"
-    ratios = {name: round(time / seconds[base], 2) for name, time in sorted(seconds.items())}
-    measured = json.loads(path.read_text()) | {"steps": {"commit": Run.commit(), "machine": machine(), "ratio": ratios}}
-    path.write_text(json.dumps(measured, indent=1) + "\n")
-    table.say(f"written to {path.relative_to(ROOT)}; make table brings README.md up to date")
+    ratios = {name: round(time / seconds[BASE], 2) for name, time in sorted(seconds.items())}
+    measured = json.loads(MEASURED.read_text()) | {"steps": {"commit": Run.commit(), "machine": machine(), "ratio": ratios}}
+    MEASURED.write_text(json.dumps(measured, indent=1) + "\n")
+    table.say(f"written to {MEASURED.relative_to(ROOT)}; make table brings README.md up to date")
 
 
 def machine() -> str:

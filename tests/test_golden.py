@@ -20,12 +20,11 @@ from torch.nn.functional import linear
 
 import train
 from configs import load
+from studies.recipes import NAMES
 
 ROOT = Path(__file__).parent.parent
 FILE = Path(__file__).with_name("golden.json")
 GOLDEN = json.loads(FILE.read_text())
-# base.toml is tiny-bf16.toml; nvfp4-1.2b.toml is too large for anything but its parameter count (test_model.py).
-NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.toml") if p.stem not in ("base", "nvfp4-1.2b"))
 QUICK = ("tiny-nvfp4", "mxfp8")
 BOUND = GOLDEN["tiny-nvfp4"]["bound"]
 
