@@ -136,6 +136,7 @@ def test_codes_and_values_along_the_line(names, compiler):
         assert f.bends is not None
         codes = torch.arange(2**f.bits, dtype=torch.uint8 if f.bits <= 8 else torch.int32)
         values = f.decode(codes)
+        values = values[~values.isinf()]  # which E3M4 has a code for, and rounding never gives
         own = {"values": run(_decoded, codes, format=f.name), "codes": run(_codes, values, format=f.name)}
         fuse(True)
         assert_same_bits(run(_decoded, codes, format=f.name), own["values"], f"{f.name}: values of all codes")
