@@ -7,6 +7,8 @@ CONFIG   := configs/tiny-nvfp4.toml
 NGPU     := 1
 ARGS     :=
 RUN      :=
+A        :=
+B        :=
 NVIDIA   := $(firstword $(wildcard /proc/driver/nvidia/version /dev/nvidia[0-9]*) \
                         $(shell nvidia-smi -L >/dev/null 2>&1 && echo nvidia-smi))
 DEVICE   := $(if $(NVIDIA),cuda,cpu)
@@ -20,7 +22,7 @@ ready := .venv/.ready-$(DEVICE)
 groups = $(py) -c 'import sys, tomllib; table = tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]; \
 	print(*(line for name in sys.argv[1:] for line in table[name]), sep="\n")'
 
-.PHONY: help setup data train eval test test-all bench outcomes schema table lint resolve clean run-given config-exists
+.PHONY: help setup data train plot compare search eval test test-all bench outcomes schema table lint resolve clean run-given config-exists
 .DEFAULT_GOAL := help
 
 help: ## this table
@@ -33,6 +35,17 @@ data: config-exists $(ready) ## prepare the data of a config and stop [CONFIG=co
 
 train: config-exists $(ready) ## prepare the data and train [CONFIG=configs/x.toml ARGS="train.steps=100 run.name=a ..."]
 	$(py) train.py $(CONFIG) $(ARGS)
+
+plot: run-given $(ready) ## pictures of runs: loss, which formats were chosen where, gaps [RUN="out/A out/B"]
+	$(py) plot.py $(RUN)
+
+compare: $(ready) ## why did it diverge: two configs or runs side by side, operand by operand: A=... B=... [ARGS="--steps 5 ..."]
+	$(if $(and $(A),$(B)),,$(error make compare needs A=... and B=..., configs or run folders))
+	$(py) compare.py $(A) $(B) $(ARGS)
+
+search: $(ready) ## a policy from measured errors: RUN=config, run or checkpoint [ARGS="--out FILE ..."]
+	$(if $(RUN),,$(error make search needs RUN=..., a config, a run folder or a checkpoint))
+	$(py) search.py $(RUN) $(ARGS)
 
 eval: run-given $(ready) ## evaluate a run or one of its checkpoints: RUN=out/NAME [ARGS=...]
 	$(py) evaluate.py $(RUN) $(ARGS)
@@ -80,8 +93,8 @@ config-exists:
 	@:
 
 run-given:
-	$(if $(RUN),,$(error make eval needs RUN=out/NAME; there are $(or $(wildcard out/*),no runs yet)))
-	$(if $(wildcard $(RUN)),,$(error RUN=$(RUN): no such folder; there are $(or $(wildcard out/*),no runs yet)))
+	$(if $(RUN),,$(error make $(MAKECMDGOALS) needs RUN=out/NAME; there are $(or $(wildcard out/*),no runs yet)))
+	$(foreach run,$(RUN),$(if $(wildcard $(run)),,$(error RUN=$(run): no such folder; there are $(or $(wildcard out/*),no runs yet))))
 	@:
 
 # The stamp is written last and `unfinished` stands until then: after a failure or an interruption the next make starts .venv anew

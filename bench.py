@@ -51,7 +51,7 @@ SPECS = {
     "nvfp4 1x16 rht16 sr8": QuantSpec(rounding="stochastic8", hadamard=16),
     "mxfp8 1x32": QuantSpec("e4m3", (1, 32), Scale("e8m0")),
 }
-CONFIGS = {"bf16": "tiny-bf16", "mxfp8": "mxfp8", "nvfp4": "nvfp4", "mor": "mor"}  # row -> config; without its file, no row
+CONFIGS = {"bf16": "tiny-bf16", "mxfp8": "mxfp8", "nvfp4": "nvfp4", "mor": "mor-tensor"}  # row -> config, if it is there
 WIDE = (
     "model.d_model=512 model.ffn=2048 model.heads=8 model.kv_heads=4 model.head_dim=64 model.blocks=4 model.seq_len=256 "
     "model.vocab_size=4096 data.vocab_size=4096 train.batch_size=8 train.micro_batches=1"

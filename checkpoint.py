@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from configs import Config, load
 from data import Tokenizer
 from model import GPT
-from quant import QTensor, WeightStore, assign, assign_sites, attach
+from quant import WeightStore, assign, assign_sites, attach
 from quant.linear import Context, linears
+from quant.mixed import from_state
 
 VERSION = 1
 
@@ -254,7 +255,7 @@ def load_model(run_or_step: str | Path, weights: str = "master") -> Loaded:
         with safe_open(folder / "quantized.safetensors", "pt") as f:
             stored = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
             specs = json.loads(f.metadata()["specs"])
-        codes = {name: QTensor.from_state(name, stored, description) for name, description in specs.items()}
+        codes = {name: from_state(name, stored, description) for name, description in specs.items()}
         tensors |= {f"{name}.weight": linears(model)[name].dequantized(q) for name, q in codes.items()}
     _fill(model, tensors, folder)
     model.requires_grad_(False)

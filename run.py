@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 import checkpoint
 from configs import Config, differences, dump, load
 from data import place_for
+from plot import fallback_figure
 
 # Keys that may change when a run is continued: none of them changes a number that training computes.
 FREE = (
@@ -137,30 +138,10 @@ class Run:
         with self.path.open("a") as f:
             f.write(json.dumps({**metrics, "losses": losses}) + "\n")
         for key, value in metrics.items():
-            if key != "step":
+            if key != "step" and not isinstance(value, list):
                 self.board.add_scalar(key, value, metrics["step"])
-
-    def plot(self) -> Path:
-        """loss.png from metrics.jsonl: the loss of every step, and validation as trained and in the compute dtype."""
-        from matplotlib.figure import Figure  # half a second to import, and only needed at the end
-
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
-        ends = [0] + [line["step"] for line in lines]
-        points = [(end + 1 + i, v) for end, line in zip(ends, lines, strict=False) for i, v in enumerate(line["losses"])]
-        axes.plot(*zip(*points, strict=True), lw=0.8, label="training, each step")
-        validated = [line for line in lines if "val_loss" in line]
-        for key, style, label in (
-            ("val_loss", "o-", "validation, as trained"),
-            ("val_loss_bf16", "x", "validation, not quantised"),
-        ):
-            axes.plot([line["step"] for line in validated], [line[key] for line in validated], style, label=label)
-        axes.set(xlabel="step", ylabel="loss (nats/token)", title=self.folder.name)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(self.folder / "loss.png", dpi=120)
-        return self.folder / "loss.png"
+        if "val_loss" in metrics and (figure := fallback_figure(metrics)):
+            self.board.add_figure("quant/fallback", figure, metrics["step"])
 
     def check_disk(self, checkpoint_bytes: int) -> None:
         """Raises ValueError if the checkpoints the run keeps, and the one being written, do not fit on the disk."""

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import plot
 from configs import Config, dump, load
 from data import Corpus, prepare
 from model import GPT, flops_per_token, measure
-from quant import WeightStore, assign, assign_sites, attach, fuse
+from quant import WeightStore, assign, assign_sites, attach, decisions, fuse
 from quant.gemm import pick_mode
 from quant.linear import Context
 from quant.metrics import STATS
@@ -96,6 +97,7 @@ class Trainer:
         model = GPT(config.model, self.dtype, t.recompute).initialise(t.seed).to(self.device)
         self.model, self.optimizer = model, make_optimizer(model, config)
         self.context = Context(t.seed, self.mode, self.device)
+        self.context.decisions = {}
         attach(model, self.context)
         assign_sites(model, config.sites)
         self.store = WeightStore(model, config.weights, t.seed)
@@ -155,20 +157,21 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Loss (nats a token) and bits per byte, as trained and with the same weights in the compute dtype."""
         t, found = self.config.train, {}
-        stats, self.context.stats = self.context.stats, None
+        stats, noted = self.context.stats, self.context.decisions
+        self.context.stats = self.context.decisions = None
         for suffix, precision in (("", nullcontext()), ("_bf16", unquantized(self.model))):
             with precision:
                 batches = self.corpus.val_batches(t.batch_size, self.config.model.seq_len, t.val_batches)
                 found["val_loss" + suffix], found["val_bpb" + suffix] = measure(self.model, batches, self.bytes)
-        self.context.stats = stats
+        self.context.stats, self.context.decisions = stats, noted
         return found
 
-    def statistics(self) -> dict[str, float]:
-        """What Context.stats collected, as metrics."""
-        found = {}
+    def statistics(self) -> dict[str, float | list[int]]:
+        """What ladders have decided since the last log, and what Context.stats collected, as metrics."""
+        found = decisions.metrics(self.model, self.context)
         for name, values in (self.context.stats or {}).items():
             found |= {f"quant/{name}/{key}": value for key, value in zip(STATS[:-1], values.tolist(), strict=False)}
-        return {k: v for k, v in found.items() if math.isfinite(v)}
+        return {k: v for k, v in found.items() if isinstance(v, list) or math.isfinite(v)}
 
     def diagnose(self, step: int) -> str:
         """Run a step again (the weights are still those before it) with statistics on: its ten worst operands."""
@@ -252,6 +255,8 @@ class Trainer:
         }
         live = sys.stdout.isatty()  # there a line lies over the one before, which may be longer
         line = f"step {done:5}/{t.steps}  loss {loss:.4f}  bits/byte {metrics['bpb']:.4f}  {pace}"
+        if "quant/share_tensors" in (statistics := self.statistics()):
+            line += f"  chosen below 16 bits: {statistics['quant/share_tensors']:.1%}"
         print(f"{line:{90 * live}}", end="\r" if live and not (validating or saving) else "\n", flush=True)
         if validating:
             metrics |= (found := self.validate())
@@ -259,7 +264,7 @@ class Trainer:
                 f"           validation {found['val_loss']:.4f} ({found['val_bpb']:.4f} bits/byte) as trained, "
                 f"{found['val_loss_bf16']:.4f} ({found['val_bpb_bf16']:.4f}) with the same weights in {t.dtype.upper()}"
             )
-        self.run.write(metrics | self.statistics(), losses=[v[0] for v in values])
+        self.run.write(metrics | statistics, losses=[v[0] for v in values])
         if saving:
             folder = self.save(done)
             if self.stopped_by and done < t.steps:
@@ -313,6 +318,7 @@ def finish(trainer: Trainer, metrics: dict[str, float]) -> None:
     if texts:
         (run.folder / "samples.txt").write_text("\n\n---\n\n".join(texts) + "\n")
         print("\nsamples:\n" + "\n".join(f"  | {' '.join(text.split())}" for text in texts))
+    pictures = [path for path in (plot.loss(run.folder), plot.choices(run.folder)) if path]
     files = ["config.toml", "metrics.jsonl", *["samples.txt"] * bool(texts), f"step_{config.train.steps:06d}/"]
     other = "nvfp4" if set(trainer.policy.values()) == {"bf16"} else "bf16"
     next_one = f"make train CONFIG=configs/tiny-{other}.toml"
@@ -322,7 +328,7 @@ def finish(trainer: Trainer, metrics: dict[str, float]) -> None:
         f"{metrics['val_loss_bf16']:.4f} and {metrics['val_bpb_bf16']:.4f} in {dtype}\n"
         f"{metrics['tokens_per_s']:,.0f} tokens/s, {metrics['tflops']:.3f} TFLOP/s ({utilisation} in {dtype})\n\n"
         f"run folder   {run.folder}  ({', '.join(files)})\n"
-        f"curves       {run.plot()}, or all runs: .venv/bin/tensorboard --logdir {run.folder.parent}\n"
+        f"curves       {', '.join(map(str, pictures))}, or all runs: .venv/bin/tensorboard --logdir {run.folder.parent}\n"
         f"evaluate     make eval RUN={run.folder}\n"
         f"sample       make eval RUN={run.folder} ARGS='--sample \"My fellow citizens\"'\n"
         f"next         {next_one:45}the small run in {other.upper()}\n"

@@ -32,11 +32,11 @@ from pydantic.dataclasses import dataclass
 from data import DataConfig
 from model import GPT, ModelConfig
 from quant import Recipe, Rule, Sites, Weights, WeightStore, attach
+from quant.choice import KINDS, Spec
+from quant.encode import check as check_blocks
 from quant.linear import Context, linears
 from quant.policy import assign, switches
-from quant.quantize import check as check_blocks
 from quant.recipe import OPERANDS
-from quant.spec import KINDS, Spec
 
 frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
@@ -165,9 +165,9 @@ def check(config: Config) -> None:
                 keys = ", ".join(f"{key} = {size}" for key, size in sizes.items() if size in own)
                 raise ValueError(f"{error}; sizes here: {keys}") from None
             spec, window = module.recipe and module.recipe.fprop.x, config.model.seq_len
-            if spec and window % spec.block[0]:
+            if spec and window % spec.multiple[0]:
                 raise ValueError(
-                    f"{module.name} fprop.x: model.seq_len = {window} must be a multiple of {spec.block[0]}, the rows of a "
+                    f"{module.name} fprop.x: model.seq_len = {window} must be a multiple of {spec.multiple[0]}, the rows of a "
                     f"block of {spec.short()}, since sampling sees a single window"
                 )
 
@@ -215,13 +215,21 @@ def _plain(content: dict) -> dict:
 
 
 def _spec_places(raw: dict) -> Iterator[tuple[dict, str, str]]:
-    """(table or list, key, key path) of everything that stands for a QuantSpec or a Choice, candidates before it."""
+    """(table or list, key, key path) of everything that stands for a QuantSpec or a Choice, and before it what that names:
+    its candidates, and what its bounds compare with."""
+
+    def items(table: Any, key: str) -> list:
+        return found if isinstance(table, dict) and isinstance(found := table.get(key), list) else []
 
     def places(table: dict, path: str) -> Iterator[tuple[Any, Any, str]]:
         for key, value in table.items():
-            candidates = value.get("candidates") if isinstance(value, dict) else None
-            for i in range(len(candidates) if isinstance(candidates, list) else 0):
+            candidates = items(value, "candidates")
+            for i in range(len(candidates)):
                 yield candidates, i, f"{path}.{key}.candidates.{i + 1}"
+            for i, rung in enumerate(items(value, "bounds"), 1):
+                for j, bound in enumerate(rung if isinstance(rung, list) else [], 1):
+                    if isinstance(bound, dict) and "than" in bound:
+                        yield bound, "than", f"{path}.{key}.bounds.{i}.{j}.than"
             yield table, key, f"{path}.{key}"
 
     specs, recipes = (raw[k] if isinstance(raw.get(k), dict) else {} for k in ("specs", "recipes"))
@@ -323,7 +331,8 @@ def _explain(error: Any) -> tuple[str, str]:
     """One of pydantic's errors as "key path: what", and the hint. Policy rules count from 1, as in quant/policy.py."""
     place, kind, got = list(map(str, error["loc"])), error["type"], error["input"]
     path = [part for part in place if part not in KINDS]
-    path = [str(int(part) + 1) if last == "candidates" else part for last, part in zip(["", *path], path, strict=False)]
+    lists = "candidates", "bounds"
+    path = [str(int(p) + 1) if p.isdigit() and {*path[max(i - 2, 0) : i]} & {*lists} else p for i, p in enumerate(path)]
     if path[:1] == ["policy"] and len(path) > 1:
         key = ": ".join([f"policy rule {int(path[1]) + 1}", *path[2:]])
     else:

@@ -17,9 +17,10 @@ from typing import Any, get_args
 from pydantic import TypeAdapter
 
 from configs import Config
+from quant.choice import KINDS, Choice
 from quant.formats import NAMED, Format
 from quant.rounding import ROUNDINGS
-from quant.spec import KINDS, Choice, QuantSpec, Scale
+from quant.spec import QuantSpec, Scale
 
 FILE = Path(__file__).with_name("schema.json")
 DIRECTIVE = f"#:schema {FILE.name}"
@@ -56,7 +57,7 @@ def schema() -> dict[str, Any]:
     about = "What happens to one operand: the name of a spec in [specs], or a table of keys"
     made["QuantSpec"] = {"description": about, **table, "properties": like | keys[QuantSpec]}
     made["Spec"] = {
-        "description": f"{about}; or candidates, of which each block takes the best",
+        "description": f"{about}; or candidates, one of which is chosen from the numbers in the tensor",
         **table,
         "properties": {key: what for some in (like, *keys.values()) for key, what in some.items()},
         "dependencies": {"candidates": {"properties": dict.fromkeys(like | keys[Choice], {}), "additionalProperties": False}},

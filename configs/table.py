@@ -16,10 +16,11 @@ import torch
 from configs import Config, load
 from model import GPT
 from quant import Context, WeightStore, assign, attach
+from quant.choice import Spec
 from quant.formats import FORMATS
 from quant.linear import Linear, linears
 from quant.recipe import OPERANDS
-from quant.spec import QuantSpec, Spec
+from quant.spec import QuantSpec
 
 ROOT = Path(__file__).parent.parent
 README, MEASURED = ROOT / "README.md", ROOT / "docs/measured.json"
@@ -61,13 +62,16 @@ class Resolved:
         found = module.recipe.operands() if module.recipe else dict.fromkeys(OPERANDS)
         return {o: self.store.get(module.name) if spec is None and o.endswith(".w") else spec for o, spec in found.items()}
 
-    def below_16(self) -> float:
-        done = total = 0
+    def below_16(self) -> tuple[float, float]:
+        """(least, most): a ladder leaves it to the data."""
+        low = high = total = 0
         for module in linears(self.model).values():
             for _, pair in groupby(self.operands(module).items(), lambda item: item[0][:5]):
+                kinds = [[e.bits < 16 for e in spec.elements] if spec else [False] for _, spec in pair]
                 total += module.weight.numel()
-                done += module.weight.numel() * all(s and all(e.bits < 16 for e in s.elements) for _, s in pair)
-        return done / total
+                low += module.weight.numel() * all(map(all, kinds))
+                high += module.weight.numel() * all(map(any, kinds))
+        return low / total, high / total
 
     def bits(self, operand: str) -> tuple[float, float]:
         """(least, most) bits of an element: a choice may leave it to the data."""
@@ -98,7 +102,7 @@ def element_bits(spec: QuantSpec, rows: int, k: int) -> float:
 def shown(spec: Spec | None) -> str:
     if spec is None:
         return "-"
-    formats = "+".join(dict.fromkeys(s.format for s in spec.candidates))
+    formats = ("→" if spec.ladder else "+").join(dict.fromkeys(s.format for s in spec.candidates))
     if len(spec.candidates) > len(spec.elements):
         formats = f"{len(spec.candidates)} × {formats}"
     block = {(-1, -1): "tensor", (1, -1): "row"}.get(spec.block) or "x".join(map(str, spec.block))
@@ -142,7 +146,8 @@ def row(path: Path, measured: dict) -> tuple[str, ...]:
     return (
         *(f"[{path.stem}](configs/{path.name})", paper(path), *(a if a == b else f"{a} · {b}" for a, b in gemms)),
         *(", ".join(scales) or "-", also(r, [word for _, some in found for word in some])),
-        *(", ".join(bits), f"{r.below_16():.0%}", f"{time:g}" if time else "-", f"{end['loss']:.3f}" if end else "-"),
+        *(", ".join(bits), "–".join(dict.fromkeys(f"{b:.0%}" for b in r.below_16()))),
+        *(f"{time:g}" if time else "-", f"{end['loss']:.3f}" if end else "-"),
     )
 
 

@@ -1,12 +1,13 @@
 """Quantisation as data: formats, specs, recipes, and the reference semantics in plain torch.
 
 Modules import in one direction:
-fuse < rounding, random < codebooks < formats < spec < recipe, scaling, transform < qtensor < quantize < metrics < gemm
-< linear < site, update < policy.
+fuse < rounding, random < codebooks < formats < spec < choice < recipe, scaling, transform < qtensor < encode, mixed < choose,
+metrics < quantize, memory < gemm < linear < decisions, site, update < policy.
 """
 
 import warnings
 
+from quant.choice import Bound, Choice, Memory
 from quant.formats import FORMATS
 from quant.fuse import fuse
 from quant.gemm import gemm
@@ -16,14 +17,16 @@ from quant.qtensor import QTensor
 from quant.quantize import quantize
 from quant.recipe import Recipe, Rule, Sites, Weights
 from quant.site import Site, attach
-from quant.spec import Choice, QuantSpec, Scale
+from quant.spec import QuantSpec, Scale
 from quant.update import WeightStore
 
 __all__ = [
     "FORMATS",
+    "Bound",
     "Choice",
     "Context",
     "Linear",
+    "Memory",
     "QTensor",
     "QuantSpec",
     "Recipe",

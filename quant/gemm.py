@@ -27,6 +27,7 @@ class Operand(NamedTuple):
     values: Tensor  # [R, K]: BF16 where that is exact or the compute dtype, else fp32
     factor: Tensor | None = None  # fp32, [] or [R, 1]: what left the sum and is still to be applied
     quantised: bool = True
+    index: Tensor | int | None = None  # of a ladder: which candidate, or which each block has (choose.py)
 
     def dense(self) -> Tensor:
         """fp32 [R, K]: fl(values * factor)."""

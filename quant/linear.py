@@ -13,26 +13,38 @@ optimisers do not advance that counter: after theirs, call torch.autograd.graph.
     clip        dx and dw are 0 where fprop clipped x or w
     center      x = 1 m^T + r with m the token mean:  y = r w^T + 1 (w m)^T,  dw = g^T r + (g^T 1) m^T; only r is quantised, and
                 m multiplied in fp32, by fprop's quantised w, so that a packed checkpoint has the forward of training
-    history     a Scale's amaxes of earlier steps, the one state a Linear has: buffers `history_GEMM_OPERAND`, [2, N + 1]
-                steps and amaxes; a step's amax is the largest of its micro-batches, and serves later steps only
+    history     a Scale's amaxes of earlier steps: buffers `history_GEMM_OPERAND`, [2, N + 1] steps and amaxes; a step's amax is
+                the largest of its micro-batches, and serves later steps only
+    memory      what a ladder remembers: buffers `memory_GEMM_OPERAND` (memory.py). These two are all the state a Linear has
+    once        where x^T has the values of x, both GEMMs take them from one quantisation: of g, and of a ladder's x
 
 The model is built with Linear from the start; a policy sets `.recipe`, so per-layer exceptions, BF16 evaluation and
 switches during the run are assignments. Without a recipe a Linear is `F.linear` in the dtype of its input, bit for bit.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from quant.choice import Choice, Spec
+from quant.choose import choose
+from quant.encode import check, decode, rotated, transform, unclipped
 from quant.gemm import Operand, gemm
+from quant.memory import Copies, decision, empty, gathered, settled
 from quant.metrics import operand_stats
+from quant.mixed import Mixed
 from quant.qtensor import QTensor
-from quant.quantize import check, decoded_values, quantize, quantized_values, rotated, transform, unclipped
+from quant.quantize import decoded_values, quantize, quantized_values
 from quant.random import Key
 from quant.recipe import OPERANDS, SIGNS, Recipe
 from quant.scaling import stated_sum
-from quant.spec import Choice, QuantSpec, Spec
+from quant.spec import QuantSpec
 from quant.transform import signs
+
+PLAIN = Recipe()
 
 
 class Context:
@@ -40,6 +52,10 @@ class Context:
 
     The counters also live in int64 tensors, so that advancing them recompiles nothing and waits for nothing.
     `stats`: None, or a dict that collects `operand_stats` of every operand under "module/gemm.operand".
+    `decisions`: None, or a dict of lists (decisions.py): of every call of a ladder (index, relative error, elements) under
+    "module/gemm.operand", and of every GEMM with one the indices of both operands under "module/gemm".
+    `tap`: None, or what is called after every GEMM with the Linear, "fprop", "dgrad" or "wgrad", both operands (`Linear.plain`)
+    and y, dx or dw; also of Linears without a recipe, whose backward is then that of this file and not autograd's.
     """
 
     def __init__(self, seed: int = 0, gemm: str = "bf16", device: str | torch.device = "cpu"):
@@ -47,6 +63,8 @@ class Context:
         self.step = 0
         self.counters = torch.zeros(2, dtype=torch.int64, device=device)  # global micro-batch, step
         self.stats: dict[str, Tensor] | None = None
+        self.decisions: dict[str, list[tuple]] | None = None
+        self.tap: Callable[[Linear, str, Operand, Operand, Tensor], None] | None = None
 
     def at(self, step: int, micro_batch: int) -> None:
         """Move to a place in the run; both counts are global, from 0."""
@@ -75,6 +93,7 @@ class Linear(nn.Linear):
         self.name, self.number = "linear", 0
         self.context = Context()
         self._cache: dict = {}
+        self._copies: dict[str, Copies] = {}
 
     @property
     def recipe(self) -> Recipe | None:
@@ -86,9 +105,11 @@ class Linear(nn.Linear):
         for operand, spec in recipe.operands().items() if recipe else ():
             if spec and (steps := spec.scale.history):
                 self._history(operand, steps)
+            if spec and spec.ladder and spec.memory:
+                self._memory(operand, spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recipe is None:
+        if self.recipe is None and self.context.tap is None:
             return linear(x, self._copy(x.dtype))
         rows = x.reshape(-1, x.shape[-1])
         return _Quantized.apply(rows, self.weight, self).view(*x.shape[:-1], -1)
@@ -99,29 +120,38 @@ class Linear(nn.Linear):
             text += ", " + ", ".join(f"{name}: {spec}" for name, spec in self.recipe.short().items())
         return text
 
-    def quantized_weight(self) -> QTensor | None:
-        """The QTensor of fprop.w, or None where the recipe leaves it in the compute dtype."""
+    def quantized_weight(self) -> QTensor | Mixed | None:
+        """fprop.w quantised, as an evaluation would, or None where the recipe leaves it in the compute dtype."""
         spec = self.recipe and self.recipe.fprop.w
         if not spec:
             return None
-        w = self._source()
-        return quantize(w, spec, *self._keys("fprop.w", spec), self._held("fprop.w", spec, w, note=False))
+        w, keys = self._source(), self._keys("fprop.w", spec)
+        index = self._remembered("fprop.w", spec, training=False)[0] if spec.ladder and spec.memory else None
+        return quantize(w, spec, *keys, self._held("fprop.w", spec, w, note=False), index)
 
-    def use(self, q: QTensor) -> None:
+    def use(self, q: QTensor | Mixed) -> None:
         """Take these codes for fprop.w (and what is made of it for dgrad.w) until the weight changes."""
         self._cache.clear()
-        self._cached("fprop.w", q.spec, lambda: Operand(*decoded_values(q)))
+        spec = self.recipe.fprop.w
+        self._cached("fprop.w", spec, lambda: Operand(*decoded_values(q, spec)))
 
-    def dequantized(self, q: QTensor) -> Tensor:
+    def dequantized(self, q: QTensor | Mixed) -> Tensor:
         """The weight that a QTensor of fprop.w stands for, fp32 [O, I], turned back from the basis it was quantised in."""
-        w, ones = q.dequantize(), None
-        for size, kind in ((q.spec.hadamard, q.spec.signs), (self.recipe.rotate, "none")):
-            if size:
-                ones = torch.ones(size, device=w.device)
-                key = self.context.sign_key("fprop.w", self.number)
-                s = signs(size, kind, key.words(w.device), w.device)
-                w = transform(w, size, ones, torch.float32) * s.repeat(w.shape[1] // size)
-        return w
+        return self._turned_back("fprop.w", q.dequantize())
+
+    def plain(self, operand: str, x: Operand) -> Tensor:
+        """What a GEMM has multiplied as `operand`, fp32 [R, K], turned back from the basis it was quantised in."""
+        return self._turned_back(operand, x.dense())
+
+    def _turned_back(self, operand: str, x: Tensor) -> Tensor:
+        spec, rotate = (self.recipe or PLAIN).operands()[operand], (self.recipe or PLAIN).rotate
+        if spec and spec.hadamard:
+            key = self.context.sign_key(operand, self.number)
+            s = signs(spec.hadamard, spec.signs, key.words(x.device), x.device)
+            x = transform(x, spec.hadamard, torch.ones_like(s), torch.float32) * s.repeat(x.shape[1] // spec.hadamard)
+        if rotate and operand[-1] != "g":  # the axis I: the contraction in fprop, the rows of w^T and x^T
+            x = self._rotated(x) if operand.startswith("fprop") else self._rotated(x.t()).t()
+        return x
 
     def check(self, tokens: int) -> None:
         """Raises ValueError if some operand cannot be cut into blocks with `tokens` rows of x."""
@@ -151,13 +181,56 @@ class Linear(nn.Linear):
         return self._quantized(operand, spec, x)
 
     def _quantized(self, operand: str, spec: Spec, x: Tensor) -> Operand:
+        if spec.ladder:
+            return self._chosen(operand, spec, x)
         return Operand(*quantized_values(x, spec, *self._keys(operand, spec), self._held(operand, spec, x)))
 
-    def _observe(self, operand: str, spec: Spec, x: Tensor, held: Tensor | None) -> None:
+    def _chosen(self, operand: str, spec: Choice, x: Tensor) -> Operand:
+        index, picker, measure = self._remembered(operand, spec, self.training) if spec.memory else (None, None, True)
+        found = choose(x, spec, *self._keys(operand, spec), index, measure, picker)
+        if spec.memory and measure:
+            state = self._memory(operand, spec)
+            state.copy_(gathered(state, found.ratios.flatten(), self.context.counters[1]))
+        self._decided(operand, (found.index, found.error, x.numel()))
+        if operand == "fprop.w" and self._shares_weight():
+            self._decided("dgrad.w", (_turned_index(found.index), found.error, x.numel()))
+        return Operand(found.values, found.factor, index=found.index)
+
+    def _decided(self, operand: str, *what: tuple) -> None:
+        """Note a decision, or what both operands of a GEMM have."""
+        if self.context.decisions is not None:
+            self.context.decisions.setdefault(f"{self.name}/{operand}", []).extend(what)
+
+    def _multiplied(self, name: str, a: Operand, b: Operand, y: Tensor) -> None:
+        if a.index is not None or b.index is not None:
+            self._decided(name, (a.index, b.index))
+        if self.context.tap is not None:
+            self.context.tap(self, name, a, b, y)
+
+    def _memory(self, operand: str, spec: Choice) -> Tensor:
+        name = f"memory_{operand.replace('.', '_')}"
+        new = empty(spec, self.weight.device)
+        if name not in self._buffers or self._buffers[name].shape != new.shape:
+            self.register_buffer(name, new)
+        return self._buffers[name]
+
+    def _remembered(self, operand: str, spec: Choice, training: bool) -> tuple[Tensor | int | None, Callable | None, bool]:
+        """What is decided already, what picks where nothing is, and whether errors are measured, in this step.
+
+        The first call in a step finishes the look before. An evaluation takes what has been decided, and changes nothing."""
+        state, step = self._memory(operand, spec), self.context.step
+        now = settled(state, spec, self.context.counters[1])
+        if training:
+            state.copy_(now)
+        return decision(now, spec, step, training, self._copies.setdefault(operand, Copies()))
+
+    def _observe(self, operand: str, spec: Spec, x: Tensor, held: Tensor | None, source: str = "") -> None:
+        """`source`: the operand whose codes it has, if that is another."""
         if self.context.stats is not None:
             keys = self._keys(operand, spec)
-            y = rotated(x, spec, keys[1])
-            self.context.stats[f"{self.name}/{operand}"] = operand_stats(y, quantize(x, spec, *keys, held))
+            index = self._remembered(source or operand, spec, training=False)[0] if spec.ladder and spec.memory else None
+            q = quantize(x, spec, *keys, held, index)
+            self.context.stats[f"{self.name}/{operand}"] = operand_stats(rotated(x, spec, keys[1]), q)
 
     def _history(self, operand: str, steps: int) -> Tensor:
         """fp64 [2, steps + 1]: steps (-inf: none yet) and their amaxes; a step lies at its number modulo steps + 1."""
@@ -183,6 +256,17 @@ class Linear(nn.Linear):
             number.copy_(torch.where(here, step, number))
         return held
 
+    def _once(self, operand: str, other: str, x: Tensor) -> bool:
+        """Whether `operand`, of x^T, is what `other` is of x; what is watched of it is noted then."""
+        spec, before = ((self.recipe or PLAIN).operands()[name] for name in (operand, other))
+        once = spec is not None and spec == before and spec.transposes and not (spec.scale.history or spec.center)
+        if once := once and not (spec.ladder and spec.memory):
+            self._observe(operand, spec, x.t(), None)
+            if spec.ladder and self.context.decisions is not None:
+                index, *rest = self.context.decisions[f"{self.name}/{other}"][-1]
+                self._decided(operand, (_turned_index(index), *rest))
+        return once
+
     def _source(self) -> Tensor:
         """The weight as it is quantised: the fp32 master, or its BF16 copy if the recipe says so, rotated if it says so."""
         weight = self.weight.detach()
@@ -195,22 +279,45 @@ class Linear(nn.Linear):
         size = self.recipe.rotate if self.recipe else 0
         return transform(x, size, torch.ones(size, device=x.device), x.dtype) if size else x
 
+    def _kept(self, spec: Spec | None, x: Tensor) -> "Kept":
+        """wgrad.x, of x^T [I, T], as it is kept for backward: packed where its format is known beforehand."""
+        if spec is None or (spec.ladder and not (spec.memory and spec.memory.delay)):
+            return Kept.of(self._operand("wgrad.x", spec, x))
+        keys = self._keys("wgrad.x", spec)
+        if spec.ladder:
+            index, _, measure = self._remembered("wgrad.x", spec, self.training)
+            if measure or spec.candidates[index].scale.format == "none":
+                found = self._operand("wgrad.x", spec, x)
+            else:
+                self._observe("wgrad.x", spec, x, None)
+                self._decided("wgrad.x", (index, None, x.numel()))
+            if spec.candidates[index].scale.format == "none":
+                return Kept.of(found)
+            return Kept.packed(quantize(x, spec.candidates[index], *keys), index)
+        held = self._held("wgrad.x", spec, x)
+        self._observe("wgrad.x", spec, x, held)
+        return Kept.packed(quantize(x, spec, *keys, held))
+
     def _weight(self, operand: str, spec: Spec | None, dtype: torch.dtype) -> Operand:
         """fprop.w: w [O, I]; dgrad.w: w^T [I, O]. Cached until the weight changes."""
         transpose = operand == "dgrad.w"
         if spec is None:
             w = self._copy(dtype).detach()
-            if self.recipe.rotate:
+            if self.recipe and self.recipe.rotate:
                 w = self._cached("rotated", dtype, lambda: self._source().to(dtype))
             return Operand(w.t() if transpose else w, None, False)
-        shared = transpose and spec == self.recipe.fprop.w and spec.transposes  # W^T has the codes of W: quantise once for both
+        shared = transpose and self._shares_weight()
         name = "fprop.w" if shared else operand
         if self.context.stats is not None:
-            self._observe(operand, spec, w := self._original(operand, spec, dtype), self._held(name, spec, w))
+            self._observe(operand, spec, w := self._original(operand, spec, dtype), self._held(name, spec, w), name)
         elif spec.scale.history and self.training:  # noted also where an evaluation has filled the cache
             self._held(name, spec, self._original(name, spec, dtype))
         found = self._cached(name, spec, lambda: self._quantized(name, spec, self._original(name, spec, dtype)))
-        return found._replace(values=found.values.t()) if shared else found
+        return _turned(found) if shared else found
+
+    def _shares_weight(self) -> bool:
+        """Whether W^T has the codes of W, so that both are quantised once."""
+        return self.recipe.dgrad.w == self.recipe.fprop.w and self.recipe.dgrad.w.transposes
 
     def _original(self, operand: str, spec: Spec, dtype: torch.dtype) -> Tensor:
         """What a weight operand is quantised from, contraction last."""
@@ -229,10 +336,35 @@ class Linear(nn.Linear):
         specs = [kind] if isinstance(kind, QuantSpec | Choice) else []
         specs += [self.recipe.fprop.w for spec in specs if spec.source == "fprop"]
         step = self.context.step if any(spec.keyed or spec.scale.history for spec in specs) else None
+        if any(spec.ladder for spec in specs):  # it notes what it decides, once a step, in training
+            step = self.context.step, self.training
         stamp = (self.weight._version, self.weight.data_ptr(), kind, self.recipe, step)
         if self._cache.get(name, (None,))[0] != stamp:
             self._cache[name] = (stamp, make())
         return self._cache[name][1]
+
+
+class Kept(NamedTuple):
+    """wgrad.x between forward and backward: the tensors of a QTensor, or of an Operand."""
+
+    tensors: tuple[Tensor | None, ...] = ()
+    spec: Spec | None = None  # of a QTensor, and its shape
+    shape: tuple[int, ...] = ()
+    quantised: bool = True
+    index: Tensor | int | None = None
+
+    @classmethod
+    def of(cls, x: Operand) -> "Kept":
+        return cls((x.values, x.factor), quantised=x.quantised, index=x.index)
+
+    @classmethod
+    def packed(cls, q: QTensor, index: int | None = None) -> "Kept":
+        return cls((q.packed_codes, q.scale_codes, q.outer_codes), q.spec, q.shape, index=index)
+
+    def operand(self) -> Operand:
+        if self.spec is None:
+            return Operand(*self.tensors, self.quantised, self.index)
+        return Operand(*decode(QTensor(*self.tensors, self.spec, self.shape)), index=self.index)
 
 
 class _Quantized(torch.autograd.Function):
@@ -240,9 +372,9 @@ class _Quantized(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, module: Linear) -> Tensor:
-        recipe, mode, dtype = module.recipe, module.context.gemm, x.dtype
+        recipe, mode, dtype = module.recipe or PLAIN, module.context.gemm, x.dtype
         fprop_x, wgrad_x = recipe.fprop.x, recipe.wgrad.x
-        x, mean, mask, shape, kept = module._rotated(x), None, None, None, (None, None, None)
+        x, mean, mask, kept = module._rotated(x), None, None, Kept()
         if any(spec and spec.center for spec in (fprop_x, wgrad_x)):
             mean = stated_sum(x.to(torch.float32), 0) * (1 / x.shape[0])  # [1, I]
             rest = x.to(torch.float32) - mean
@@ -252,36 +384,34 @@ class _Quantized(torch.autograd.Function):
             y = (gemm(a, b, torch.float32, mode) + linear(mean, b.dense())).to(dtype)
         else:
             y = gemm(a, b, dtype, mode)
+        module._multiplied("fprop", a, b, y)
         if ctx.needs_input_grad[0] and recipe.clip:
             mask = module._mask("fprop.x", fprop_x, rest if fprop_x.center else x)
-        if ctx.needs_input_grad[1] and wgrad_x:
-            x = a.dense() if wgrad_x.source == "fprop" else rest if wgrad_x.center else x
-            held, keys = module._held("wgrad.x", wgrad_x, x.t()), module._keys("wgrad.x", wgrad_x)
-            module._observe("wgrad.x", wgrad_x, x.t(), held)
-            q = quantize(x.t(), wgrad_x, *keys, held)
-            shape, kept = q.shape, (q.packed_codes, q.scale_codes, q.outer_codes)
+        if ctx.needs_input_grad[1] and wgrad_x and wgrad_x.ladder and module._once("wgrad.x", "fprop.x", x):
+            kept = Kept.of(_turned(a))
         elif ctx.needs_input_grad[1]:
-            kept = (x, None, None)
-        ctx.module, ctx.recipe, ctx.dtype, ctx.shape = module, recipe, dtype, shape
-        ctx.save_for_backward(*kept, mean if wgrad_x and wgrad_x.center else None, mask)
+            x = a.dense() if wgrad_x and wgrad_x.source == "fprop" else rest if wgrad_x and wgrad_x.center else x
+            kept = module._kept(wgrad_x, x.t())
+        ctx.module, ctx.recipe, ctx.dtype, ctx.kept = module, recipe, dtype, kept._replace(tensors=())
+        ctx.save_for_backward(mean if wgrad_x and wgrad_x.center else None, mask, *kept.tensors)
         return y
 
     @staticmethod
     def backward(ctx, g: Tensor):
         module, recipe, mode = ctx.module, ctx.recipe, ctx.module.context.gemm
-        *kept, mean, mask = ctx.saved_tensors
+        mean, mask, *tensors = ctx.saved_tensors
         g = g.contiguous()
         dx = dw = None
+        a = None
         if ctx.needs_input_grad[0]:
-            a = module._operand("dgrad.g", recipe.dgrad.g, g)
-            dx = gemm(a, module._weight("dgrad.w", recipe.dgrad.w, ctx.dtype), ctx.dtype, mode)
+            a, b = module._operand("dgrad.g", recipe.dgrad.g, g), module._weight("dgrad.w", recipe.dgrad.w, ctx.dtype)
+            dx = gemm(a, b, ctx.dtype, mode)
             dx = module._rotated(dx if mask is None else torch.where(mask, dx, 0))
+            module._multiplied("dgrad", a, b, dx)
         if ctx.needs_input_grad[1]:
-            a = module._operand("wgrad.g", recipe.wgrad.g, g.t())
-            if ctx.shape is None:
-                b = Operand(kept[0].t(), None, False)
-            else:
-                b = Operand(*decoded_values(QTensor(*kept, recipe.wgrad.x, ctx.shape)))
+            once = a and module._once("wgrad.g", "dgrad.g", g)
+            a = _turned(a) if once else module._operand("wgrad.g", recipe.wgrad.g, g.t())
+            b = ctx.kept._replace(tensors=tensors).operand()
             dw = gemm(a, b, torch.float32, mode)
             if mean is not None:
                 dw = dw + stated_sum(g.to(torch.float32), 0).t() * mean
@@ -289,7 +419,17 @@ class _Quantized(torch.autograd.Function):
                 w = recipe.fprop.w
                 dw = torch.where(module._cached("mask", w, lambda: module._mask("fprop.w", w, module._source())), dw, 0)
             dw = module._rotated(dw)
+            module._multiplied("wgrad", a, b, dw)
         return dx, dw, None
+
+
+def _turned(operand: Operand) -> Operand:
+    """The operand of x^T, of one of x whose spec has the same for both: then a factor is one number."""
+    return operand._replace(values=operand.values.t(), index=_turned_index(operand.index))
+
+
+def _turned_index(index: Tensor | int | None) -> Tensor | int | None:
+    return index.t() if isinstance(index, Tensor) and index.ndim else index
 
 
 def linears(model: nn.Module) -> dict[str, Linear]:

@@ -3,6 +3,7 @@
     sqnr_db = 10 log10( sum y^2 / sum (y - q)^2 )        relative_error = mean |y - q| / |y| over y != 0
     underflow = share of y != 0 with q = 0               saturated = share with |y| above the largest q of its block
     scale_min, scale_max = smallest and largest nonzero block scale times the global scale
+    dynamic_range = log2( max |y| / min |y| ) over y != 0
 
 y is the operand as the quantiser saw it, after any Hadamard transform.
 """
@@ -10,31 +11,31 @@ y is the operand as the quantiser saw it, after any Hadamard transform.
 import torch
 from torch import Tensor
 
+from quant.mixed import Mixed
 from quant.qtensor import QTensor
-from quant.scaling import spread
 
-STATS = ("sqnr_db", "relative_error", "underflow", "saturated", "scale_min", "scale_max", "nonfinite")
+STATS = ("sqnr_db", "relative_error", "underflow", "saturated", "scale_min", "scale_max", "dynamic_range", "nonfinite")
 
 
-def operand_stats(y: Tensor, q: QTensor) -> Tensor:
-    """y [R, K], its QTensor -> fp32 [len(STATS)], in the order of STATS; `nonfinite` counts elements of y."""
-    y, spec = y.to(torch.float32), q.spec
+def operand_stats(y: Tensor, q: QTensor | Mixed) -> Tensor:
+    """y [R, K], what it was quantised to -> fp32 [len(STATS)], in the order of STATS; `nonfinite` counts elements of y."""
+    y = y.to(torch.float32)
     value = q.dequantize().reshape(y.shape)
     nonzero = y != 0
     count = nonzero.sum().clamp(min=1)
     noise = (y - value).square().sum()
-    scale = torch.ones((), device=y.device)
-    for part in q.scales():
-        scale = scale * spread(part, *y.shape)
-    saturated = y.abs() > scale * spec.element.max
+    parts = q.parts.values() if isinstance(q, Mixed) else [q]
+    scales = torch.cat([part.block_scale().flatten() for part in parts])
+    saturated = y.abs() > q.largest()
     return torch.stack(
         [
             10 * torch.log10(y.square().sum() / noise),
             torch.where(nonzero, (y - value).abs() / y.abs(), 0.0).sum() / count,
             ((value == 0) & nonzero).sum() / count,
             saturated.float().mean(),
-            torch.where(scale > 0, scale, torch.inf).amin(),
-            scale.amax(),
+            torch.where(scales > 0, scales, torch.inf).amin(),
+            scales.amax(),
+            torch.log2(y.abs().amax() / torch.where(nonzero, y.abs(), torch.inf).amin()),
             (~y.isfinite()).sum().float(),
         ]
     )

@@ -18,11 +18,12 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from quant.choice import Choice, Spec
 from quant.formats import FORMATS, code_dtype
 from quant.scaling import decode_outer, decode_scale, second, spread
-from quant.spec import Choice, QuantSpec, Spec
+from quant.spec import QuantSpec
 
-_SPECS = TypeAdapter(Spec)
+SPECS = TypeAdapter(Spec)
 
 
 def in_memory(x: Tensor) -> tuple[Tensor, bool]:
@@ -153,6 +154,17 @@ class QTensor:
         found = [] if self.scale_codes is None else [decode_scale(self.scale_codes, self.spec)]
         return found + [self.global_scale] * (self.global_scale is not None)
 
+    def largest(self) -> Tensor:
+        """fp32 [R, K]: the largest magnitude that each element could have, max * scale * global_scale."""
+        return spread(self.block_scale(), *self.rows_and_k) * self.spec.element.max
+
+    def block_scale(self) -> Tensor:
+        """fp32, [] or [R / b0, K / b1]: scale * global_scale of each block."""
+        whole = torch.ones((), device=self.packed_codes.device)
+        for part in self.scales():
+            whole = whole * (part if whole.ndim == 0 else spread(part, *whole.shape))
+        return whole
+
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._parts().values())
 
@@ -167,6 +179,6 @@ class QTensor:
 
     @classmethod
     def from_state(cls, name: str, tensors: dict[str, Tensor], description: dict) -> "QTensor":
-        spec = _SPECS.validate_python(description["spec"])
+        spec = SPECS.validate_python(description["spec"])
         parts = (tensors.get(f"{name}.{k}") for k in ("codes", "scale", "global_scale"))
         return cls(*parts, spec, tuple(description["shape"]))

@@ -13,7 +13,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from quant.spec import Choice, QuantSpec, Spec, frozen
+from quant.choice import Choice, Spec
+from quant.spec import QuantSpec, frozen
 
 
 @frozen
@@ -70,6 +71,8 @@ class Recipe:
                 f"rotate = {self.rotate}, clip = {self.clip} are about quantised operands of fprop, and there is no spec for "
                 + " and ".join(missing)
             )
+        if self.clip and (self.fprop.x.ladder or self.fprop.w.ladder):
+            raise ValueError("clip: what a ladder clips depends on what it picks; expected a spec for fprop.x and fprop.w")
         for name in ("x", "w") if self.clip else ():
             if size := getattr(self.fprop, name).hadamard:
                 raise ValueError(f"clip: fprop.{name} is clipped after its hadamard {size}, and gradients are not; use rotate")
@@ -78,7 +81,7 @@ class Recipe:
                 self._check_operand(name, spec)
 
     def _check_operand(self, name: str, spec: Spec) -> None:
-        if isinstance(spec, Choice) and not name.startswith("fprop"):
+        if isinstance(spec, Choice) and not spec.ladder and not name.startswith("fprop"):
             raise ValueError(
                 f"{name} is a choice by {spec.by}, which is biased (the error that is kept depends on the value), and errors "
                 "of gradients add up over steps: only operands of fprop may be chosen so"
@@ -87,6 +90,8 @@ class Recipe:
             made = {"dgrad.w": self.fprop.w, "wgrad.x": self.fprop.x}.get(name)
             if made is None:
                 raise ValueError(f"{name}: source 'fprop' is for dgrad.w and wgrad.x whose fprop operand has a spec")
+            if spec.ladder or made.ladder:
+                raise ValueError(f"{name}: source 'fprop' and a ladder: expected the original, or a spec of what a spec made")
             if made.hadamard or made.center or spec.center:
                 raise ValueError(f"{name}: source 'fprop' of what is centred or transformed there; `rotate` is for that")
         if spec.center and name not in ("fprop.x", "wgrad.x"):
@@ -145,8 +150,8 @@ class Weights:
 
 
 def _plain(spec: Spec, what: str) -> None:
-    if spec.scale.history or spec.center or spec.source != "original":
-        raise ValueError(f"{what}: history, center and source are for operands of a Linear, not {spec.short()}")
+    if spec.scale.history or spec.center or spec.source != "original" or spec.ladder:
+        raise ValueError(f"{what}: history, center, source and ladders are for operands of a Linear, not {spec.short()}")
 
 
 # The number of an operand is its `use` in a random Key; 16 + the number of the GEMM's first operand is that of its signs,

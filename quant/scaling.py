@@ -12,6 +12,11 @@ E8M0, a power of two (OCP MX v1.0 and what came after it): one comparison with a
     each is floor or ceil of log2(a / T) for one T = t 2^k, 1 <= t < 2. With p = 2^floor(log2 a), from the exponent of a:
     p 2^-k, halved if a < t p for floor, or doubled if a > t p for ceil
 
+    gam     under an outer significand m of fl(max / amax) of the whole tensor: the block's factor is m 2^e, e the exponent of
+            s = fl(max / a), less 1 where m is above the significand of s (group amax mantissa, the public code of
+            arXiv:2512.22804, which takes amaxes below 1e-35 for that; we do not): nothing saturates, and the tensor's
+            largest element becomes exactly the largest one
+
 A float scale (E4M3, E5M3, BF16), alone or under an outer fp32 scale that maps the amax of a tensor, a row or some blocks of
 it to target * outer_target (NVFP4, arXiv:2509.25149 section 2, in the orders of TransformerEngine; 6 * 448 = 2688):
 
@@ -38,9 +43,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quant.choice import Choice
 from quant.formats import FLT_MAX, FORMATS, binade, code_dtype
 from quant.fuse import compiling
-from quant.spec import Choice, QuantSpec, Scale
+from quant.spec import QuantSpec, Scale
 
 
 def stated_sum(x: Tensor, axis: int) -> Tensor:
@@ -110,6 +116,11 @@ def block_scales(a: Tensor, spec: QuantSpec, axis: int, held: Tensor | None = No
     target = scale.target or element.max
     if scale.format == "e8m0":
         factor, outer = scale.multiplier, None
+        if scale.rule == "gam":
+            whole = _in_place_of(a.amax(), held)
+            (_, m), (p, of_block) = _binade_and_significand(whole, target), _binade_and_significand(a, target)
+            p = torch.where(whole.isfinite(), torch.where(m > of_block, p * 0.5, p), torch.nan)
+            return Scales(p * m, torch.ones_like(p) / p, torch.ones_like(m) / m)
         if scale.macro:
             whole = outer_amax(a, spec, axis)
             outer = ((torch.full_like(whole, element.max) / whole).view(torch.int32) >> 15) & 0xFF
@@ -137,6 +148,13 @@ def block_scales(a: Tensor, spec: QuantSpec, axis: int, held: Tensor | None = No
     decoded = fmt.round(s, rounding, noise)
     full = decoded * s_dec
     return Scales((torch.ones_like(full) / full).clamp(max=FLT_MAX), decoded, outer)
+
+
+def _binade_and_significand(amax: Tensor, target: float) -> tuple[Tensor, Tensor]:
+    """2^e and m in [1, 2) of min(fl(target / amax), FLT_MAX) = m 2^e; NaN where amax is not finite."""
+    s = (torch.full_like(amax, target) / amax).clamp(max=FLT_MAX)
+    p = power_of_two(torch.where(amax.isfinite(), s, torch.nan), 1.0, up=False)
+    return p, s / p
 
 
 def _in_place_of(amax: Tensor, held: Tensor | None) -> Tensor:

@@ -8,10 +8,10 @@ Without a spec a Site is nothing. The model is built with its Sites; `[sites]` o
 import torch
 from torch import Tensor, nn
 
+from quant.choice import Spec
 from quant.linear import Context, linears
 from quant.quantize import quantize
 from quant.random import Key
-from quant.spec import Spec
 
 USE = 6  # of a Site in a random Key, after the operands of a Linear (quant/recipe.py)
 

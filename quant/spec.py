@@ -1,16 +1,15 @@
-"""What happens to ONE operand of one GEMM, as data: a QuantSpec with its Scale, or a Choice between several.
+"""What happens to ONE operand of one GEMM, as data: a QuantSpec with its Scale. choice.py chooses between several.
 
 No spec names an axis: an operand comes with its contraction last, and blocks run along it. recipe.py puts six together.
 
-Left out for now: Choice by a threshold and for whole tensors, scales that are searched for.
+Left out: scales that are searched for.
 """
 
 import difflib
 import math
-from operator import attrgetter
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from quant.codebooks import Codebook
@@ -50,7 +49,9 @@ class Scale:
       its binade (macro-block scaling, arXiv:2603.08713).
     order: the two published orders of the fp32 operations, TransformerEngine v2.14 and later ("g2") or v2.8 to v2.13, which
       is the paper's Eqs. 2-3 ("g1"); they differ in about 1 scale of 1000 on BF16 data.
-    rule: of e8m0, floor | ceil | rceil | even (default rceil). statistic: absmax | std, of the elements of a block.
+    rule: of e8m0, floor | ceil | rceil | even (default rceil), or gam: under an outer significand of the whole tensor, that
+      of max / amax, so that nothing saturates and its largest element becomes exactly the format's (arXiv:2512.22804).
+    statistic: absmax | std, of the elements of a block.
     history: 0, or take the largest amax of so many earlier steps in place of the operand's own (delayed scaling), where one
       scale spans it: fp32 over the block [-1, -1], or outer "tensor".
     target: what the statistic is mapped to; default the largest element (and for e8m0 what the rule says).
@@ -64,7 +65,7 @@ class Scale:
     format: str = "e4m3"
     outer: str | None = Field(None, pattern=r"^(none|tensor|row|1x[1-9]\d*)$")
     order: Literal["g2", "g1"] = "g2"
-    rule: Literal["floor", "ceil", "rceil", "even"] | None = None
+    rule: Literal["floor", "ceil", "rceil", "even", "gam"] | None = None
     statistic: Literal["absmax", "std"] = "absmax"
     target: float | None = Field(None, ge=1e-30, le=1e30)
     outer_target: float | None = Field(None, ge=1e-30, le=1e30)
@@ -83,17 +84,22 @@ class Scale:
             if not isinstance(fmt, Format) or fmt.bits > 8 or fmt.nan_code is None:
                 raise ValueError(f"scale format {self.format!r}: expected a float of at most 8 bits that has a NaN")
         if self.outer is None:
-            object.__setattr__(self, "outer", "tensor" if self.format == "e4m3" else "none")
+            object.__setattr__(self, "outer", "tensor" if self.format == "e4m3" or self.rule == "gam" else "none")
         if self.rule is None and self.format == "e8m0":
             object.__setattr__(self, "rule", "rceil")
         if self.rule and self.format != "e8m0":
             raise ValueError(f"rule {self.rule!r} is for scales of format 'e8m0', not {self.format!r}")
         if self.macro and not (self.format == "e8m0" and self.group):
             raise ValueError(f"outer_format 'm8' is over scales 'e8m0' and an outer '1xN', not {self.format!r}, {self.outer!r}")
-        if self.outer != "none" and self.format in ("e8m0", "bf16", "fp32", "none") and not self.macro:
+        if self.rule == "gam" and (self.outer != "tensor" or self.multiplier != 1 or self.statistic == "std"):
+            raise ValueError(
+                f"rule 'gam' takes the significand of the whole tensor's amax: outer 'tensor', not {self.outer!r}, with "
+                f"multiplier 1, not {self.multiplier:g}, and statistic 'absmax', not {self.statistic!r}"
+            )
+        if self.outer != "none" and self.format in ("e8m0", "bf16", "fp32", "none") and not self.macro and self.rule != "gam":
             raise ValueError(f"outer {self.outer!r}: scales of format {self.format!r} have the range to do without")
-        if self.outer_target and (self.outer == "none" or self.macro):
-            outer = repr(self.outer) + " in 'm8'" * self.macro
+        if self.outer_target and (self.outer == "none" or self.format == "e8m0"):
+            outer = repr(self.outer) + " in 'm8'" * self.macro + " of rule 'gam'" * (self.rule == "gam")
             raise ValueError(f"outer_target {self.outer_target} is for an outer scale in fp32, and outer is {outer}")
         if self.multiplier != 1 and (self.format != "e8m0" or self.macro):
             raise ValueError(f"multiplier {self.multiplier} is for scales 'e8m0' without an outer one; others take a target")
@@ -110,7 +116,8 @@ class Scale:
 
     def short(self) -> str:
         """E.g. `e8m0-rceil`, for tables."""
-        words = [self.format, self.rule, self.outer if self.outer != "none" else None, "m8" if self.macro else None]
+        outer = None if self.outer == "none" or self.rule == "gam" else self.outer
+        words = [self.format, self.rule, outer, "m8" if self.macro else None]
         words += [f"{name}={value:g}" for name in ("target", "outer_target") if (value := getattr(self, name))]
         words += [self.statistic] * (self.statistic != "absmax") + [f"x{self.multiplier:g}"] * (self.multiplier != 1)
         words += [f"history{self.history}"] * (self.history > 0) + [self.correction] * (self.correction != "none")
@@ -203,6 +210,11 @@ class QuantSpec:
         return (self,)
 
     @property
+    def ladder(self) -> bool:
+        """As of a Choice."""
+        return False
+
+    @property
     def element(self) -> Format | Codebook:
         return FORMATS[self.format]
 
@@ -268,85 +280,3 @@ class QuantSpec:
             words.append(self.rounding.replace("stochastic", "sr"))
         words += ["of-fprop"] * (self.source == "fprop") + ["centred"] * self.center
         return " ".join(words)
-
-
-def _shared(name: str) -> property:
-    return property(lambda self: attrgetter(name)(self.candidates[0]), doc=f"`{name}`, the same for all candidates.")
-
-
-@frozen
-class Choice:
-    """Several specs, and for each block the one whose values come closest; the first of those that come as close.
-
-    by: squared_error | absolute_error (sums over the block) | largest_error, in fp32: squares of errors below 1e-22 are all 0.
-    Candidates may differ in the targets of their scales (four-over-six, arXiv:2512.02010: the block's amax to 6 or to 4;
-    decoding needs no flag), and two of them in their element format (IF4, arXiv:2603.28765): then the sign bit of the block
-    scale, which must be a signed format, says which. All the rest they share, the outer scale included.
-    """
-
-    candidates: tuple[QuantSpec, ...]
-    by: Literal["squared_error", "absolute_error", "largest_error"] = "squared_error"
-
-    def __post_init__(self):
-        first = self.candidates[0] if self.candidates else None
-        if len(self.candidates) < 2:
-            raise ValueError(f"candidates: expected at least two specs to choose from, got {len(self.candidates)}")
-        for other in self.candidates[1:]:
-            pairs = [(name, attrgetter(name)(first), attrgetter(name)(other)) for name in self.ALIKE]
-            pairs.append(("target * outer_target", *(_whole_target(spec) for spec in (first, other))))
-            for name, a, b in pairs:
-                if a != b:
-                    raise ValueError(f"candidates must have the same {name}, not {a!r} and {b!r}")
-        fmt = FORMATS[first.scale.format] if first.scale.format in FORMATS else None
-        free = isinstance(fmt, Format) and fmt.signed and fmt.negative_zero  # (without one the sign bit is a NaN)
-        if len(self.elements) > 1 and (len(self.candidates) > 2 or not free):
-            raise ValueError(
-                f"candidates of different element formats, {', '.join(e.name for e in self.elements)}: expected two, and block "
-                f"scales of a signed format, whose sign bit says which; not {len(self.candidates)} with {first.scale.format!r}"
-            )
-        if first.scale.correction != "none" or first.scale.history or first.leaves or first.scale.format == "none":
-            raise ValueError(f"candidates need block scales without a history or a correction, not {first.short()}")
-
-    ALIKE = (
-        *("block", "scale.format", "scale.outer", "scale.outer_format", "scale.order", "scale.rounding", "scale.multiplier"),
-        *("scale.correction", "scale.history", "element.bits", "rounding", "hadamard", "signs", "source", "center"),
-    )
-    SHARED = ("block", "scale", "rounding", "hadamard", "signs", "source", "center", "blocks_of", "leaves", "stochastic")
-    block, scale, rounding, hadamard, signs, source, center, blocks_of, leaves, stochastic = map(_shared, SHARED)
-    multiple, keyed, transposes = map(_shared, ("multiple", "keyed", "transposes"))
-
-    @property
-    def elements(self) -> tuple[Format | Codebook, ...]:
-        formats: list[str] = []  # (torch.compile does not trace the hash of a format, as a set would take it)
-        for spec in self.candidates:
-            formats += [spec.format] * (spec.format not in formats)
-        return tuple(FORMATS[name] for name in formats)
-
-    @property
-    def element(self) -> Format | Codebook:
-        """Of the first candidate: for what asks about bits, which all have alike, and range."""
-        return self.candidates[0].element
-
-    @property
-    def exact(self) -> bool:
-        return all(spec.exact for spec in self.candidates)
-
-    def short(self) -> str:
-        return f"[{' | '.join(spec.short() for spec in self.candidates)}] by {self.by}"
-
-
-def _whole_target(spec: QuantSpec) -> float | None:
-    """What an outer scale maps the amax to."""
-    s = spec.scale
-    return None if s.outer == "none" else (s.target or spec.element.max) * (s.outer_target or FORMATS[s.format].max)
-
-
-# What stands for an operand in a recipe: a Choice is what has candidates. KINDS: the words that pydantic's error paths get.
-KINDS = {"(spec)": QuantSpec, "(choice)": Choice}
-
-
-def _kind(value: Any) -> str:
-    return "(choice)" if isinstance(value, Choice) or (isinstance(value, dict) and "candidates" in value) else "(spec)"
-
-
-Spec = Annotated[Annotated[QuantSpec, Tag("(spec)")] | Annotated[Choice, Tag("(choice)")], Discriminator(_kind)]

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,10 +31,11 @@ SPREAD = 0.02  # nats/token: half the range of seeds 0, 1, 2 of tiny-bf16 (READM
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.toml") if p.stem not in ("base", "nvfp4-1.2b"))
 
 
-def outcome(name: str) -> float:
-    """Train it in out/recipes/NAME, anew -> its last validation loss. ValueError: the last words of a run that fails."""
+def outcome(name: str, config: str = "", overrides: Sequence[str] = ()) -> float:
+    """Train the config of that name, or another, in out/recipes/NAME, anew -> its last validation loss. ValueError: the last
+    words of a run that fails."""
     own = [f"run.name={name}", "run.out=out/recipes", "run.overwrite=true", "run.samples=0"]
-    command = [sys.executable, "train.py", f"configs/{name}.toml", *own]
+    command = [sys.executable, "train.py", f"configs/{config or name}.toml", *overrides, *own]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:

@@ -125,8 +125,11 @@ def test_the_share_of_flops():
     block, head = 256 * (512 + 256 + 2 * 1024), 256 * 4096
 
     def share(name: str, *overrides: str) -> float:
-        return Resolved(load(CONFIGS / f"{name}.toml", overrides)).below_16()
+        low, high = Resolved(load(CONFIGS / f"{name}.toml", overrides)).below_16()
+        assert low == high, name
+        return low
 
+    assert Resolved(load(CONFIGS / "mor-tensor.toml")).below_16() == (0, 4 * block / (4 * block + head))
     assert share("nvfp4") == 3 * block / (4 * block + head)
     assert share("nvfp4", "policy.tail.last=0") == 4 * block / (4 * block + head)
     assert share("nvfp4", "policy.tail.last=0", "policy.head.recipe=nvfp4") == 1

@@ -20,9 +20,10 @@ from torch._dynamo.utils import counters
 
 from configs import load
 from quant import Choice, Context, Linear, QuantSpec, Recipe, fuse, quantize
+from quant.encode import decode, rotated
 from quant.formats import FORMATS, binade
 from quant.fuse import run
-from quant.quantize import decoded_values, quantized_values, rotated
+from quant.quantize import quantized_values
 from quant.random import Key, random_ints
 from quant.spec import Scale
 
@@ -95,11 +96,11 @@ def special(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def three_ways(x: Tensor, spec: QuantSpec) -> dict[str, Tensor | None]:
-    """quantize, quantized_values and decoded_values of x as it lies in memory."""
+    """quantize, quantized_values and decode of x as it lies in memory."""
     key = KEY if spec.keyed else None
     q = quantize(x, spec, key)
     values, scale = quantized_values(x, spec, key)
-    decoded, _ = decoded_values(q)
+    decoded, _ = decode(q)
     return {
         "codes": q.packed(), "scales": q.scale_codes, "global scale": q.global_scale, "values": values,
         "its factor": scale, "decoded values": decoded,
@@ -169,7 +170,7 @@ def gradient(x: Tensor) -> dict[str, Tensor]:
 
 def kept(x: Tensor) -> dict[str, Tensor]:
     q = quantize(x.t(), RHT)
-    return {"codes": q.packed(), "scales": q.scale_codes, "decoded": decoded_values(q)[0], "scale": q.global_scale}
+    return {"codes": q.packed(), "scales": q.scale_codes, "decoded": decode(q)[0], "scale": q.global_scale}
 
 
 def test_special_values(compiler):

@@ -36,10 +36,12 @@ def losses(name: str, *overrides: str) -> list[float]:
         "train.dtype=fp32",
         "train.gemm=fp32",
         "train.compile=off",
-        "model.seq_len=64",
         f'data.cache="{ROOT / "data/cache"}"',
     ]
-    config = load(ROOT / f"configs/{name}.toml", [*base, *overrides])
+    path = ROOT / f"configs/{name}.toml"
+    inputs = [recipe.fprop.x for recipe in load(path).recipes.values()]
+    window = max(64, *(spec.multiple[0] for spec in inputs if spec), 0)  # as many rows as their blocks have
+    config = load(path, [*base, f"model.seq_len={window}", *overrides])
     with contextlib.redirect_stdout(open(os.devnull, "w")):
         trainer = train.Trainer(config, train.Run(config, []), train.Corpus(train.prepare(config.data, quiet=True)))
         trainer.set_policy(0)

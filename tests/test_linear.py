@@ -4,6 +4,7 @@ the micro-batch. Without a recipe a Linear is F.linear.
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 import quant.linear
-from quant import Context, Linear, QuantSpec, Recipe, attach, quantize
+from quant import Bound, Choice, Context, Linear, Memory, QuantSpec, Recipe, Scale, attach, quantize
 from quant.gemm import pick_mode
 from quant.metrics import STATS
 from quant.random import Key
-from quant.recipe import OPERANDS, SIGNS
+from quant.recipe import OPERANDS, SIGNS, Dgrad, Fprop, Wgrad
 
 NV, SQUARE, SR = QuantSpec(), QuantSpec(block=(16, 16)), QuantSpec(rounding="stochastic8")
 NVFP4 = Recipe(
@@ -40,6 +41,18 @@ BACKWARD = Recipe(dgrad=NVFP4.dgrad, wgrad=NVFP4.wgrad)
 FORWARD = Recipe(fprop=NVFP4.fprop)
 ONE_SIDED = {name: Recipe(**{name[:5]: {name[6:]: NV}}) for name in OPERANDS}
 RECIPES = {"nvfp4": NVFP4, "rows": ROWS, "fresh": FRESH, "backward only": BACKWARD, "forward only": FORWARD} | ONE_SIDED
+
+BF16, E4M3 = QuantSpec("bf16", scale=Scale("none")), QuantSpec("e4m3", (32, 32), Scale("e8m0", rule="gam"))
+MOR = Choice((E4M3, BF16), "relative_error", 0.045, "tensor")
+LADDERS = {
+    "mor": MOR,
+    "blocks": Choice((E4M3, BF16), per=(32, 32), bounds=((Bound("relative_error", than=replace(E4M3, format="e5m2")),),)),
+    "nvfp4": Choice(
+        (NV, E4M3, BF16), per="tensor", bounds=((Bound("backward_error", 4, than=E4M3),), (Bound("underflow", 0.1),))
+    ),
+    "memory": replace(MOR, memory=Memory(every=2, patience=2, margin=0.1)),
+}
+LADDERS = {name: Recipe(Fprop(c, c), Dgrad(c, c), Wgrad(c, c)) for name, c in LADDERS.items()}
 
 T, I, O = 64, 96, 128
 SEED, NUMBER, MICRO_BATCH, STEP = 7, 5, 3, 2
@@ -587,12 +600,14 @@ class OneDevice(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, *(f"ladder {name}" for name in LADDERS)])
 def test_a_step_stays_on_the_device(name, monkeypatch):
     """Forward and backward of a later micro-batch neither read a value back (meta tensors have none) nor make tensors of
     numbers from the host (a copy that waits for a GPU). The meta device stands in for one, on any machine."""
     module = Linear(I, O, device="meta")
-    module.recipe, module.context = RECIPES[name], Context(SEED, device="meta")
+    recipes = RECIPES | {f"ladder {name}": recipe for name, recipe in LADDERS.items()}
+    module.recipe, module.context = recipes[name], Context(SEED, device="meta")
+    module.context.decisions = {}
     x = torch.empty(T, I, dtype=torch.bfloat16, device="meta", requires_grad=True)
     module(x).sum().backward()  # makes the constants
 

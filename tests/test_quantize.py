@@ -21,7 +21,8 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from quant import FORMATS, QTensor, QuantSpec, Scale, quantize
-from quant.quantize import check, decoded_values, quantized_values, rotated
+from quant.encode import check, decode, rotated
+from quant.quantize import quantized_values
 from quant.random import Key, random_ints
 
 ROW = QuantSpec()  # NVFP4 as it is the default: e2m1, 1x16, e4m3 scales under a tensor scale, order g2
@@ -369,7 +370,7 @@ def test_strides_do_not_matter(spec, dtype):
 
 @every_spec
 def test_values_are_the_decoded_codes(spec):
-    """quantized_values never sees a code, decoded_values nothing else, and both are BF16: exact, so the same bits as
+    """quantized_values never sees a code, decode nothing else, and both are BF16: exact, so the same bits as
     code * scale in fp64."""
     x = normal(64, 96, seed=6)
     x[:, :16] = 0
@@ -377,7 +378,7 @@ def test_values_are_the_decoded_codes(spec):
     for view in (x, x.t(), x.float(), x.float().t()):
         q = quantize(view, spec, key_for(spec))
         values, scale = quantized_values(view, spec, key_for(spec))
-        decoded, decoded_scale = decoded_values(q)
+        decoded, decoded_scale = decode(q)
         assert_same_bits(values, decoded, "values against decoded codes")
         assert_same_bits(scale, decoded_scale, "global scale")
         codes = FORMATS[spec.format].decode(q.codes()).double()
@@ -543,7 +544,7 @@ def test_state_round_trip(spec, tmp_path):
     for what in ("packed_codes", "scale_codes", "outer_codes"):
         assert_same_bits(getattr(back, what), getattr(q, what), what)
     assert_same_bits(back.dequantize(), q.dequantize(), "values")
-    assert_same_bits(decoded_values(back)[0], decoded_values(q)[0], "values for a GEMM")
+    assert_same_bits(decode(back)[0], decode(q)[0], "values for a GEMM")
 
 
 def test_a_state_survives_json():

@@ -16,9 +16,10 @@ from helpers import assert_same_bits
 from torch import Tensor
 
 from quant import QuantSpec, Scale, quantize
+from quant.encode import decode, rotated
 from quant.formats import FORMATS, code_dtype
 from quant.gemm import Operand, gemm
-from quant.quantize import decoded_values, quantized_values, rotated
+from quant.quantize import quantized_values
 from quant.random import Key, random_ints
 from quant.rounding import random_bits
 from quant.scaling import power_of_two
@@ -254,14 +255,14 @@ def key(spec: QuantSpec) -> Key | None:
 
 @more
 def test_what_a_gemm_multiplies_is_the_quantised_value(spec):
-    """quantized_values never sees a code, decoded_values nothing else; value times factor is what dequantize says."""
+    """quantized_values never sees a code, decode nothing else; value times factor is what dequantize says."""
     x = normal(128, 256).bfloat16()
     x[7, 32:64] = 0
     x[9, 5] = -0.0
     for view in (x, x.t(), x[:, :128]):
         q = quantize(view, spec, key(spec))
         values, factor = quantized_values(view, spec, key(spec))
-        again, again_factor = decoded_values(q)
+        again, again_factor = decode(q)
         assert_same_bits(values, again, "values")
         assert (factor is None) == (again_factor is None)
         assert values.dtype == (torch.bfloat16 if spec.exact else torch.float32)
@@ -459,7 +460,7 @@ def test_macro_block_scales_are_those_of_a_plain_reading(group, block, format):
             assert_same_bits(q.global_scale, 1 / (1 + m.float() / 256), f"fl(1 / f) of {what}")
             assert_same_bits(q.dequantize(), values, f"values of {what}")
             assert_same_bits(quantized_values(x, spec)[0], values, f"what a GEMM multiplies of {what}")
-            assert_same_bits(decoded_values(q)[0], values, f"the same, decoded, of {what}")
+            assert_same_bits(decode(q)[0], values, f"the same, decoded, of {what}")
 
 
 def test_what_a_macro_block_scale_is_for():
@@ -488,7 +489,7 @@ def test_special_values_under_a_macro_block_scale():
     spoilt[1, 0] = spoilt[2, 1] = spoilt[3, 1] = True
     per_block, per_element = spoilt.repeat_interleave(4, 1), spoilt.repeat_interleave(128, 1)
     assert ((q.scale == 255) == per_block).all(), "NaN and Inf make their whole macro-block NaN, and no other"
-    for values in (q.dequantize(), quantized_values(x, macro())[0], decoded_values(q)[0]):
+    for values in (q.dequantize(), quantized_values(x, macro())[0], decode(q)[0]):
         assert (values.isnan() == per_element).all()
         expected = quantize(clean, macro()).dequantize()
         assert_same_bits(values[~per_element], expected[~per_element], "the others")
@@ -635,7 +636,7 @@ def test_scales_rounded_stochastically(spec):
             expected = torch.from_numpy(((values * dec) * s_dec).reshape(x.shape))
             assert_same_bits(q.dequantize(), expected, f"values of {what}")
             assert_same_bits(joined(*quantized_values(x, spec, k)), expected, f"without codes, {what}")
-            assert_same_bits(joined(*decoded_values(q)), expected, f"decoded, {what}")
+            assert_same_bits(joined(*decode(q)), expected, f"decoded, {what}")
 
 
 @pytest.mark.parametrize("name", ["e4m3", "e5m3", "bf16"])
@@ -721,7 +722,7 @@ def test_eden_is_that_of_a_plain_reading(spec):
             assert_same_bits(q.dequantize(), torch.from_numpy(values), f"values of {what}")
             assert not q.scale_codes[3].any() and not q.dequantize()[3].any(), "a tile of zeros stays one"
             assert_same_bits(joined(*quantized_values(x, spec, k, sign_key)), q.dequantize(), f"without codes, {what}")
-            assert_same_bits(joined(*decoded_values(q)), q.dequantize(), f"decoded, {what}")
+            assert_same_bits(joined(*decode(q)), q.dequantize(), f"decoded, {what}")
 
 
 @pytest.mark.parametrize("power", [-100, -70, 70, 120])
@@ -766,7 +767,7 @@ def test_eden_launders_nothing(spec, bad):
     elif spec.scale.group:
         low = 70 // spec.scale.group * spec.scale.group
         spoilt[5, low : low + spec.scale.group] = True
-    for found in (q.dequantize(), joined(*quantized_values(x, spec, k)), joined(*decoded_values(q))):
+    for found in (q.dequantize(), joined(*quantized_values(x, spec, k)), joined(*decode(q))):
         assert (found.isnan() == spoilt).all()
 
 

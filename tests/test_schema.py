@@ -54,7 +54,7 @@ def test_it_has_the_keys_of_the_dataclasses():
 def test_tables_that_may_be_misspelt_are_closed():
     nodes = [VALID.schema, *VALID.schema["definitions"].values()]
     assert all(node["additionalProperties"] is False for node in nodes)
-    assert [name for name, node in VALID.schema["definitions"].items() if "required" in node] == ["Rule"]
+    assert [name for name, node in VALID.schema["definitions"].items() if "required" in node] == ["Bound", "Rule"]
 
 
 def test_descriptions_come_from_docstrings_and_comments():

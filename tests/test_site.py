@@ -99,7 +99,7 @@ def test_wrong_sites():
     for override, said in {
         "sites.gain='mx'": "sites.gain: unknown key 'gain'; did you mean 'norm_gain'?",
         "sites.residual='mxx'": "sites.residual: no spec is named 'mxx'; did you mean 'mx'?",
-        "sites.residual={like='mx',center=true}": "residual: history, center and source are for operands of a Linear",
+        "sites.residual={like='mx',center=true}": "residual: history, center, source and ladders are for operands of a Linear",
         "sites.scores={like='mx',block=[1,96]}": "sites.scores of shape",
         "weights.store={format='e2m1',block=[1,48]}": "weights.store of",
         "weights.stored='mx'": "weights.stored: unknown key 'stored'; did you mean 'store'?",

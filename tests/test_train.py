@@ -35,6 +35,22 @@ VARIANTS = {
     "fp8-delayed": (str(ROOT / "configs/fp8-delayed.toml"), ["specs.f8.scale.history=3"]),
     "bf16-kahan": (str(ROOT / "configs/bf16-kahan.toml"), []),
     "dqt": (str(ROOT / "configs/dqt.toml"), []),
+    "mor-delayed": (
+        str(ROOT / "configs/mor-delayed.toml"),
+        [
+            "specs.e4m3.block=[32,32]",
+            "specs.mor.below=0.0226",
+            "specs.mor.memory={every=3,delay=2,margin=0.01,patience=2,warmup=1}",
+        ],
+    ),
+}
+# Bounds among what these small runs meet, so that some of each is chosen; windows of 64 hold no block of 128 rows.
+LADDERS = {
+    "mor-delayed": VARIANTS["mor-delayed"][1],
+    "mor-tensor": ["specs.e4m3.block=[-1,-1]", "specs.mor.below=0.0226"],
+    "mor-block-3way": [f"specs.{name}.{key}=[32,32]" for name, key in (("e4m3", "block"), ("mor", "per"), ("gated", "per"))]
+    + ['specs.mor.bounds=[[{by="relative_error",below=0.0226}],[{by="relative_error",below=0.0448}]]'],
+    "mor-nvfp4": [],
 }
 
 
@@ -145,6 +161,22 @@ def test_stored_codes_give_the_forward_of_training(finished):
     bits = sum(t.numel() * t.element_size() * 8 for t in load_file(finished / "step_000020/quantized.safetensors").values())
     weights = sum(m.weight.numel() for m in linears(stored.model).values() if m.recipe)
     assert bits / weights < 4.04  # 4 + 8 / 256, and one fp32 scale a matrix
+
+
+@pytest.mark.parametrize("name", LADDERS)
+def test_stored_choices_give_the_forward_of_training(small, name):
+    """Tensors in the format that was chosen, and blocks of several with their map, in fewer bytes than BF16 takes."""
+    train.main([str(ROOT / f"configs/{name}.toml"), *small, f"run.name=chosen-{name}", *LADDERS[name], "train.steps=10"])
+    master, stored = (checkpoint.load_model(folder(small, f"chosen-{name}"), weights) for weights in ("master", "quantized"))
+    tokens = torch.randint(0, 512, (4, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(master.model(tokens), stored.model(tokens))
+    tensors = load_file(stored.folder / "quantized.safetensors")
+    weights = sum(m.weight.numel() for m in linears(stored.model).values() if m.recipe)
+    assert sum(t.nbytes for t in tensors.values()) < 2 * weights
+    if "block" in name:
+        maps = torch.cat([t.flatten() for key, t in tensors.items() if key.endswith(".index")])
+        assert len(maps.unique()) > 1, "all blocks are alike, so this tests nothing"
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])

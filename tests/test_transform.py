@@ -11,7 +11,7 @@ import torch
 from helpers import assert_same_bits
 from torch import Tensor
 
-from quant.quantize import rotated
+from quant.encode import rotated
 from quant.random import Key
 from quant.recipe import SIGNS
 from quant.spec import QuantSpec

@@ -134,5 +134,5 @@ def test_wrong_weights():
         Weights(INT8, kahan=True)
     with pytest.raises(ValueError, match="in their own basis, not hadamard 16"):
         Weights(QuantSpec(hadamard=16))
-    with pytest.raises(ValueError, match="store: history, center and source are for operands of a Linear"):
+    with pytest.raises(ValueError, match="store: history, center, source and ladders are for operands of a Linear"):
         Weights(QuantSpec(source="fprop"))

@@ -1,0 +1,372 @@
+"""python search.py RUN [key=value ...] [--specs FILE] [--out FILE]: a static policy from measured errors, operand by operand.
+
+RUN: a config, which is trained in its compute dtype here and captured at 1, 10, 50 and 100 % of its steps; or a run folder,
+captured at each of its checkpoints; or one checkpoint. Captured are the two operands of every GEMM of every Linear (but --skip)
+in one micro-batch each time, and measured on the spot, so that no more than those of one GEMM are held. For every candidate,
+the cheapest first, put in place of ONE operand, the other exact (the metric is that of arXiv:2408.02897, section IV-A; the
+rules are this project's, since the paper's are not known here):
+
+    BE = |l r - q(l) r| / (|l| |r|)     of 256 x 256 elements of the product, in fp64: its median and 99th percentile
+    relative error, underflow           as in quant/choice.py
+    bias                                ||mean q(x) - x|| / ||x||, the mean over 16 draws where rounding is stochastic
+
+An operand gets the first candidate whose median and 99th percentile, the worst of all captures, are within SLACK times what
+E4M3 with one scale has on normal numbers with the same contraction; else the compute dtype. Then both operands of each GEMM are
+replaced together, once, at the last capture: where the median is above JOINT times the root of the sum of their squares, the
+worse of the two is promoted to the next candidate, until it fits. BE never chooses a rounding, since it punishes the one
+without bias: weights and activations are rounded to nearest, gradients stochastically (--gradients nearest: those too).
+
+Written: FILE, a config that train.py takes as it is, and beside it a table of why, FILE with .txt for .toml.
+Left out: a measure of cost but the order of candidates; formats of several layers weighed against each other.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import checkpoint
+from configs import load
+from quant import QuantSpec, Recipe, Rule, Scale, quantize
+from quant.choose import Operands
+from quant.gemm import Operand
+from quant.linear import Linear
+from quant.policy import unquantized
+from quant.quantize import quantized_values
+from quant.random import Key
+from quant.recipe import OPERANDS, Dgrad, Fprop, Wgrad
+from train import Trainer, open_corpus
+
+SLACK, JOINT, SIDE, DRAWS = 1.25, 1.2, 256, 16
+SHARES = 0.01, 0.1, 0.5, 1.0  # of a run that is trained here, where it is captured
+GRANULARITIES = {"tensor": (-1, -1), "vector": (1, -1), "128": (1, 128)}
+DEFAULT = {f"{fmt}-{name}": QuantSpec(fmt, block, Scale("fp32"))
+           for name, block in GRANULARITIES.items() for fmt in ("int8", "e4m3", "e5m2")}  # fmt: skip
+NAMES = {gemm: [o for o in OPERANDS if o.startswith(gemm)] for gemm in ("fprop", "dgrad", "wgrad")}
+
+
+class Errors(NamedTuple):
+    """Of one candidate for one operand."""
+
+    median: float
+    p99: float
+    relative: float
+    underflow: float
+    bias: float
+
+    def worst(self, other: "Errors | None") -> "Errors":
+        return self if other is None else Errors(*map(max, self, other))
+
+
+Measured = dict[tuple[str, str], dict[str, Errors]]  # (module, operand) -> candidate -> its errors
+
+
+def some(rows: int, device=None) -> Tensor:
+    """At most SIDE of the rows, evenly."""
+    return torch.arange(min(rows, SIDE), device=device) * rows // min(rows, SIDE)
+
+
+def backward_errors(l: Tensor, q: Tensor, r: Tensor, p: Tensor | None = None) -> tuple[float, float]:  # noqa: E741
+    """l, q [M, K], r, p [N, K], q and p what stands for l and r (None: itself) -> median and 99th percentile of the BE."""
+    i, j = some(len(l), l.device), some(len(r), l.device)
+    l, q, r = (t.double() for t in (l[i], q[i], r[j]))  # noqa: E741
+    p = r if p is None else p[j].double()
+    error = (l @ r.t() - q @ p.t()).abs() / (l.abs() @ r.abs().t()).clamp(min=1e-300)
+    ordered = error.flatten().sort().values
+    return float(ordered[len(ordered) // 2]), float(ordered[len(ordered) * 99 // 100])
+
+
+@cache
+def reference(k: int) -> tuple[float, float]:
+    """SLACK times median and 99th percentile of E4M3 with one scale on normal numbers [1024, K]."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(1024, k, generator=g), torch.randn(SIDE, k, generator=g)
+    median, p99 = backward_errors(x, quantize(x, DEFAULT["e4m3-tensor"]).dequantize(), w)
+    return SLACK * median, SLACK * p99
+
+
+def dense(x: Tensor, spec: QuantSpec, key: Key | None = None) -> Tensor:
+    return Operand(*quantized_values(x, spec, key)).dense()
+
+
+def errors_of(x: Tensor, other: Tensor, spec: QuantSpec, stochastic: bool) -> Errors:
+    """x [M, K] in place of which `spec` is put, other [N, K] exact."""
+    q, o = dense(x, spec), Operands(x, None, (-1, -1))
+    relative, underflow = (float(o.metric(by, spec)) for by in ("relative_error", "underflow"))
+    size = float(x.float().norm()) or 1.0
+    bias = float((q - x.float()).norm()) / size
+    if stochastic:
+        random = replace(spec, rounding="stochastic")
+        mean = sum(dense(x, random, Key(draw)).double() for draw in range(DRAWS)) / DRAWS
+        bias = float((mean - x.double()).norm()) / size
+    return Errors(*backward_errors(x, q, other), relative, underflow, bias)
+
+
+def fits(x: Tensor, spec: QuantSpec) -> bool:
+    rows, k = spec.multiple
+    return x.shape[0] % rows == 0 and x.shape[1] % k == 0
+
+
+# --- where operands come from ---
+
+
+Tap = Callable[[Linear, str, Operand, Operand, Tensor], None]
+
+
+class Captures:
+    """A model at several places of a run; `each(tap)` lets tap see the operands of a micro-batch at every one."""
+
+    def __init__(self, run: Path, overrides: list[str]):
+        self.path, self.folders = run, []
+        if not run.is_dir():
+            self.config = load(run, overrides)
+        else:
+            found = checkpoint.find(run)
+            self.folders = [found] if found == run else [checkpoint.step_folder(run, s) for s in checkpoint.steps(run)]
+            self.config = load(found.parent / "config.toml", overrides)
+        self.source = self.folders[0].parent / "config.toml" if self.folders else run
+        plain = replace(self.config, policy=(Rule(recipe="bf16"),), weights=type(self.config.weights)())
+        self.corpus = open_corpus(plain)
+        with redirect_stdout(io.StringIO()):
+            self.trainer = Trainer(plain, SimpleNamespace(start=0), self.corpus)
+            self.trainer.set_policy(0)
+
+    def each(self, tap: Tap) -> Iterator[int]:
+        """-> the steps, after the capture of each."""
+        steps = self.config.train.steps
+        if not self.folders:
+            at = sorted({max(1, math.ceil(share * steps)) for share in SHARES})
+            for step in range(steps):
+                if step + 1 in at:
+                    self.capture(step, tap)
+                    yield step + 1
+                loss = self.trainer.step(step)[0]
+                if (step + 1) % 20 == 0:
+                    print(f"step {step + 1:5}/{steps}  loss {float(loss):.4f}", flush=True)
+        for folder in self.folders:
+            checkpoint.intact(folder)
+            state = checkpoint.restore(folder, self.trainer.model, self.trainer.optimizer, self.trainer.store)
+            self.capture(min(state["step"], steps - 1), tap)
+            yield state["step"]
+
+    def capture(self, step: int, tap: Tap) -> None:
+        """Forward and backward of the first micro-batch of a step; nothing changes but the gradients, which are dropped."""
+        trainer, t = self.trainer, self.config.train
+        number = step * t.micro_batches
+        trainer.context.at(step, number)
+        trainer.context.tap = tap
+        with unquantized(trainer.model):
+            trainer.loss(*self.corpus.batch("train", t.seed, number, t.batch_size, self.config.model.seq_len)).backward()
+        trainer.context.tap = None
+        trainer.optimizer.zero_grad(set_to_none=True)
+
+
+# --- the search ---
+
+
+class Search:
+    def __init__(self, candidates: dict[str, QuantSpec], stochastic: bool, skip: list[str]):
+        self.candidates, self.stochastic, self.skip = candidates, stochastic, skip
+        self.measured: Measured = {}
+        self.contraction: dict[tuple[str, str], int] = {}
+        self.chosen: dict[tuple[str, str], str] = {}  # candidate, "" for the compute dtype
+        self.joint: dict[tuple[str, str], tuple[float, float]] = {}  # (module, gemm) -> median together, bound
+
+    def skips(self, module: Linear) -> bool:
+        return any(fnmatchcase(module.name, glob) for glob in self.skip)
+
+    def measure(self, module: Linear, gemm: str, a: Operand, b: Operand, y: Tensor) -> None:
+        if self.skips(module):
+            return
+        pair = a.values.detach(), b.values.detach()
+        for operand, x, other in zip(NAMES[gemm], pair, pair[::-1], strict=True):
+            place = module.name, operand
+            found = self.measured.setdefault(place, {})
+            self.contraction[place] = x.shape[1]
+            for name, spec in self.candidates.items():
+                if fits(x, spec):
+                    found[name] = errors_of(x, other, spec, self.stochastic and operand[-1] == "g").worst(found.get(name))
+
+    def passes(self, place: tuple[str, str], name: str) -> bool:
+        median, p99 = reference(self.contraction[place])
+        found = self.measured[place][name]
+        return found.median <= median and found.p99 <= p99
+
+    def choose(self) -> None:
+        for place, found in self.measured.items():
+            self.chosen[place] = next((name for name in found if self.passes(place, name)), "")
+
+    def promote(self, place: tuple[str, str]) -> None:
+        """To the next candidate with a smaller median, or the compute dtype."""
+        found, names = self.measured[place], list(self.measured[place])
+        rest = names[names.index(self.chosen[place]) + 1 :]
+        now = found[self.chosen[place]].median
+        self.chosen[place] = next((n for n in rest if self.passes(place, n) and found[n].median < now), "")
+
+    def check(self, module: Linear, gemm: str, a: Operand, b: Operand, y: Tensor) -> None:
+        """Both operands of a GEMM together."""
+        if self.skips(module):
+            return
+        places = [(module.name, operand) for operand in NAMES[gemm]]
+        x, w = a.values.detach(), b.values.detach()
+        while all(self.chosen[place] for place in places):
+            specs = [self.candidates[self.chosen[place]] for place in places]
+            median, _ = backward_errors(x, dense(x, specs[0]), w, dense(w, specs[1]))
+            singles = [self.measured[place][self.chosen[place]].median for place in places]
+            bound = JOINT * math.hypot(*singles)
+            self.joint[module.name, gemm] = median, bound
+            if median <= bound:
+                return
+            self.promote(places[singles.index(max(singles))])
+
+    def recipes(self) -> dict[str, tuple[Recipe, list[str]]]:
+        """Name -> a recipe and the modules that have it."""
+        groups: dict[Recipe, list[str]] = {}
+        for module in dict.fromkeys(module for module, _ in self.chosen):
+            specs = {}
+            for operand in OPERANDS:
+                name = self.chosen.get((module, operand), "")
+                spec = self.candidates[name] if name else None
+                if spec and operand[-1] == "g" and self.stochastic:
+                    spec = replace(spec, rounding="stochastic")
+                specs[operand] = spec
+            o = specs
+            recipe = Recipe(
+                Fprop(o["fprop.x"], o["fprop.w"]), Dgrad(o["dgrad.g"], o["dgrad.w"]), Wgrad(o["wgrad.g"], o["wgrad.x"])
+            )
+            groups.setdefault(recipe, []).append(module)
+        return {f"search-{i}": group for i, group in enumerate(groups.items(), 1)}
+
+    def why(self) -> list[str]:
+        """A line for each operand: what it got, its errors, and what the candidate before it failed by."""
+        heads = ("BE median", "bound", "p99", "bound", "relative", "underflow", "bias")
+        lines = [f"{'operand':30} {'got':12}" + "".join(f"{head:>11}" for head in heads) + "   cheaper ones, how far above"]
+        for (module, operand), name in self.chosen.items():
+            found, bounds = self.measured[module, operand], reference(self.contraction[module, operand])
+            row = f"{module + ' ' + operand:30} {name or 'bf16':12}"
+            if name:
+                e = found[name]
+                row += "".join(f"{v:11.2e}" for v in (e.median, bounds[0], e.p99, bounds[1]))
+                row += "".join(f"{v:11.2%}" for v in (e.relative, e.underflow, e.bias))
+            failed = [n for n in found if n != name][: list(found).index(name) if name else None]
+            words = [f"{n} ({max(found[n].median / bounds[0], found[n].p99 / bounds[1]):.1f} x)" for n in failed]
+            lines.append(f"{row}  {', '.join(words[:3])}{' ...' * (len(words) > 3)}")
+        together = [f"{m} {g}: {median:.2e} together, bound {bound:.2e}" for (m, g), (median, bound) in self.joint.items()]
+        return [*lines, "", *together]
+
+    def counts(self) -> list[str]:
+        """A line for each operand: how many Linears got what."""
+        lines = []
+        for operand in OPERANDS:
+            got = [name or "bf16" for (_, o), name in self.chosen.items() if o == operand]
+            lines.append(f"{operand}  " + ", ".join(f"{got.count(name)} {name}" for name in dict.fromkeys(got)))
+        return lines
+
+
+def config_text(search: Search, source: Path, out: Path, command: str, steps: list[int]) -> str:
+    """The config, as TOML."""
+    head = [
+        "#:schema schema.json",
+        "# A policy by measured errors: each operand in the cheapest format that passes (search.py, arXiv:2408.02897). Made by",
+        f"#   {command}",
+        f"# from captures at steps {', '.join(map(str, steps))}. Operands of {len({m for m, _ in search.chosen})} Linears:",
+        *(f"#   {line}" for line in search.counts()),
+    ]
+    groups, names = search.recipes(), {}
+    specs = {spec: None for recipe, _ in groups.values() for spec in recipe.operands().values() if spec}
+    lines = ["", "[specs]"]
+    for spec in specs:
+        base = next(
+            name for name, c in search.candidates.items() if replace(spec, rounding="nearest") == replace(c, rounding="nearest")
+        )
+        names[spec] = base + "-sr" * spec.stochastic
+        lines.append(f"{names[spec]} = {spec_text(spec)}")
+    for name, (recipe, _) in groups.items():
+        lines += ["", f"[recipes.{name}]"]
+        for gemm, operands in NAMES.items():
+            found = {o[6:]: recipe.operands()[o] for o in operands}
+            if any(found.values()):
+                lines.append(f"{gemm} = {{ " + ", ".join(f'{o} = "{names[s]}"' for o, s in found.items() if s) + " }")
+    for name, (_, modules) in groups.items():
+        for module in modules:
+            lines += ["", "[[policy]]", f'match = "{module}"', f'recipe = "{name}"']
+    lines += ["", "[[policy]]", 'recipe = "bf16"', ""]
+    extends = f'extends = "{os.path.relpath(source.resolve(), out.resolve().parent)}"'
+    return "\n".join([*head, extends, *lines])
+
+
+def spec_text(spec: QuantSpec) -> str:
+    """A spec as an inline table, without what is the default."""
+
+    def text(value) -> str:
+        if isinstance(value, Scale):
+            return table(value, Scale(value.format), {"format"})
+        if isinstance(value, str | bool):
+            return json.dumps(value)
+        return str(list(value)) if isinstance(value, tuple) else repr(value)
+
+    def table(value, default, always: set[str]) -> str:
+        names = [n for n in vars(value) if n in always or getattr(value, n) != getattr(default, n)]
+        return "{ " + ", ".join(f"{n} = {text(getattr(value, n))}" for n in names) + " }"
+
+    return table(spec, QuantSpec(), {"format", "block", "scale"})
+
+
+def main(argv: list[str]) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=raw)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("override", nargs="*", default=[], help="key=value of its config")
+    parser.add_argument("--specs", type=Path, metavar="FILE", help="a config whose [specs] are the candidates, cheapest first; "
+                        "default: INT8, E4M3, E5M2 with fp32 scales of a tensor, a vector, 128 elements")  # fmt: skip
+    parser.add_argument("--gradients", choices=["stochastic", "nearest"], default="stochastic", help="their rounding")
+    parser.add_argument(
+        "--skip", nargs="*", default=["head"], metavar="GLOB", help="Linears that stay as they are; default: head"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/search.toml"), metavar="FILE", help="default out/search.toml")
+    args = parser.parse_intermixed_args(argv)
+    candidates = {n: s for n, s in load(args.specs).specs.items() if isinstance(s, QuantSpec)} if args.specs else DEFAULT
+    if wrong := [n for n, s in candidates.items() if s.hadamard or s.scale.history or s.center or s.source != "original"]:
+        raise ValueError(
+            f"--specs {args.specs}: {', '.join(wrong)}: expected specs without hadamard, history, center and source"
+        )
+    captures = Captures(args.run, args.override)
+    search, steps = Search(candidates, args.gradients == "stochastic", args.skip), []
+    print(f"search: {args.run}, {len(candidates)} candidates: {', '.join(candidates)}", flush=True)
+    for step in captures.each(search.measure):
+        steps.append(step)
+        print(f"search: step {step}: {len(search.measured)} operands measured", flush=True)
+    search.choose()
+    captures.capture(min(steps[-1], captures.config.train.steps) - 1, search.check)
+    command = " ".join(["python search.py", *argv])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(config_text(search, captures.source, args.out, command, steps))
+    table = args.out.with_suffix(".txt")
+    table.write_text("\n".join(search.why()) + "\n")
+    load(args.out)  # it must be one that train.py takes
+    print("\n".join(["", *search.counts(), "", f"policy   {args.out}  (make train CONFIG={args.out})", f"why      {table}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("\nsearch.py: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"search.py: {error}", file=sys.stderr)
+        sys.exit(2)
