@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 import checkpoint
@@ -36,23 +37,23 @@ NAMES = {gemm: [o for o in OPERANDS if o.startswith(gemm)] for gemm in ("fprop",
 
 
 class Found(NamedTuple):
-    """At a step and micro-batch: how far values are apart there, and the error of either run (nan: not quantised)."""
+    """At a step and micro-batch: how far values are apart there, and the error of either run (None: not quantised)."""
 
     step: int
     micro_batch: int
     place: str
     apart: float
-    a: float
-    b: float
+    a: float | None
+    b: float | None
 
     def line(self) -> str:
-        errors = "  ".join("      -" if math.isnan(e) else f"{e:7.2%}" for e in (self.a, self.b))
+        errors = "  ".join("      -" if e is None else f"{e:7.2%}" for e in (self.a, self.b))
         return f"{self.step:6} {self.micro_batch:5}  {self.place:32} {self.apart:9.3%}    {errors}"
 
     @property
     def errors_apart(self) -> float:
-        a, b = (0.0 if math.isnan(e) else e for e in (self.a, self.b))
-        return abs(a - b)
+        a, b = (0.0 if e is None else e for e in (self.a, self.b))
+        return 0.0 if a == b else abs(a - b)
 
 
 HEADER = f"{'step':>6} {'batch':>5}  {'place':32} {'apart':>9}    {'error A':>7}  {'error B':>7}"
@@ -61,6 +62,11 @@ HEADER = f"{'step':>6} {'batch':>5}  {'place':32} {'apart':>9}    {'error A':>7}
 def config_of(path: Path, overrides: list[str]) -> Config:
     """Of a config, or of a run folder."""
     return load(path / "config.toml" if path.is_dir() else path, overrides)
+
+
+def plain(config: Config) -> Config:
+    """With each GEMM run once, where it can be seen."""
+    return replace(config, train=replace(config.train, recompute=False, compile="quantiser"))
 
 
 def same_data(a: Config, b: Config) -> None:
@@ -75,8 +81,19 @@ def same_data(a: Config, b: Config) -> None:
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    gap, size = float((a - b).norm()), float(b.norm())
+    """||a - b|| / ||b||; infinite where only one of them is finite."""
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return math.inf
+    gap, size = (float(t.nan_to_num(0, 0, 0).norm()) for t in (a - b, b))
     return gap / size if size else 0.0 if gap == 0 else math.inf
+
+
+def error_of(stats: Tensor | None) -> float | None:
+    """||q - x|| / ||x||, from what metrics.operand_stats has measured; infinite where that is not finite."""
+    if stats is None:
+        return None
+    found = 10 ** (-float(stats[STATS.index("sqnr_db")]) / 20)
+    return math.inf if math.isnan(found) else found
 
 
 def places(module: Linear, gemm: str, a: Operand, b: Operand, y: Tensor) -> dict[str, Tensor]:
@@ -110,30 +127,25 @@ def compare(a: Trainer, b: Trainer, steps: range, report=print) -> list[Found]:
     """Train both, in step. -> what was found at every place, in order."""
     found: list[Found] = []
     for number in steps:
-        seen: dict[tuple[int, str], Tensor] = {}
-        errors: list[dict] = [{}, {}]
+        first, losses = len(found), []
+        seen: dict[tuple[int, str], tuple[Tensor, float | None]] = {}
 
-        def keep(micro_batch, there, seen=seen):
-            seen |= {(micro_batch, place): x for place, x in there.items()}
-
-        def check(micro_batch, there, seen=seen, number=number):
+        def keep(micro_batch: int, there: dict[str, Tensor], seen=seen) -> None:
             for place, x in there.items():
-                gap = apart(seen.pop((micro_batch, place)), x)
-                found.append(Found(number + 1, micro_batch, place, gap, math.nan, math.nan))
+                seen[micro_batch, place] = x, error_of(a.context.stats.pop(place, None))
 
-        first = len(found)
-        losses = []
-        for trainer, tap, stats in zip((a, b), (keep, check), errors, strict=True):
-            trainer.context.stats = stats
+        def check(micro_batch: int, there: dict[str, Tensor], seen=seen, number=number) -> None:
+            for place, x in there.items():
+                ours, error = seen.pop((micro_batch, place))
+                other = error_of(b.context.stats.pop(place, None))
+                found.append(Found(number + 1, micro_batch, place, apart(ours, x), error, other))
+
+        for trainer, tap in ((a, keep), (b, check)):
+            trainer.context.stats = {}
             losses.append(step(trainer, number, tap))
-        relative = [{k: 10 ** (-float(v[STATS.index("sqnr_db")]) / 20) for k, v in stats.items()} for stats in errors]
-        for i in range(first, len(found)):  # (statistics are those of the last micro-batch)
-            place = found[i].place
-            found[i] = found[i]._replace(a=relative[0].get(place, math.nan), b=relative[1].get(place, math.nan))
         worst = max(found[first:], key=lambda f: f.apart)
-        report(
-            f"step {number + 1:5}  loss A {losses[0]:.4f}  B {losses[1]:.4f}  furthest apart {worst.apart:.2%} at {worst.place}"
-        )
+        parted = f"furthest apart {worst.apart:.2%} at {worst.place}"
+        report(f"step {number + 1:5}  loss A {losses[0]:.4f}  B {losses[1]:.4f}  {parted}")
     return found
 
 
@@ -165,7 +177,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.steps < 1 or args.start < 0 or args.apart < 0:
         parser.error("--steps is at least 1, --from and --apart at least 0")
-    configs = [config_of(path, args.override) for path in (args.a, args.b)]
+    configs = [plain(config_of(path, args.override)) for path in (args.a, args.b)]
     same_data(*configs)
     end = min(args.start + args.steps, *(c.train.steps for c in configs))
     if end <= args.start:

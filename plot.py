@@ -1,9 +1,9 @@
 """python plot.py RUN [RUN ...]: pictures of runs, from their metrics.jsonl.
 
     RUN/loss.png       loss of every step, validation as trained and not quantised
-    RUN/choices.png    of a run with ladders (quant/choice.py): shares of the formats over time; where the cheapest one failed,
-                       as a heat map module x operand; the relative errors of the cheapest in bins of 0.005, with the bounds;
-                       the ten operands that fell back most
+    RUN/choices.png    of a run with ladders (quant/choice.py): shares of the formats over time; what stayed in 16 bits, as a
+                       heat map module x operand; the relative errors of the cheapest format in bins of 0.005, with the
+                       bounds; the ten operands that fell back most
     RUN/gap.png        of several: losses of the others as gaps to the first run, step by step and at validations; into the last
 
 `train.py` draws the first two at the end of a run. Left out: what tensorboard shows anyway (`tensorboard --logdir out`).
@@ -13,12 +13,14 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from configs import Config, load
 from quant.choice import Choice
 from quant.decisions import BIN, BINS
+from quant.formats import FORMATS
 from quant.recipe import OPERANDS
 
 SHARE = re.compile(r"quant/(.+)/((?:fprop|dgrad|wgrad)\.[xwg])/share/(.+)")
@@ -26,11 +28,31 @@ SMOOTH = 10  # steps over which gaps of training losses are averaged
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl. Raises ValueError if there is none."""
-    path = run / "metrics.jsonl"
+    """metrics.jsonl, without a last line that is still being written. Raises ValueError if there is none."""
+    path, lines = run / "metrics.jsonl", []
     if not path.exists():
         raise ValueError(f"{run}: no run (it has no metrics.jsonl)")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    texts = path.read_text().splitlines()
+    for number, text in enumerate(texts, 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            if number < len(texts):
+                raise ValueError(f"{path}, line {number}: {error}") from None
+    if not lines:
+        raise ValueError(f"{path}: nothing has been logged yet")
+    return lines
+
+
+def over_run(lines: list[dict], value: Callable[[dict], float | None]) -> float | None:
+    """The mean over steps of what is logged for all steps since the line before; None where `value` is always None."""
+    found = [(v, len(line["losses"])) for line in lines if (v := value(line)) is not None]
+    return sum(v * n for v, n in found) / sum(n for _, n in found) if found else None
+
+
+def high(share: dict[str, float]) -> float:
+    """Of the shares of candidates, those of 16 bits and more."""
+    return sum(v for name, v in share.items() if FORMATS[name.split("/")[0].split()[0]].bits >= 16)
 
 
 def _figure(width: float, height: float):
@@ -117,11 +139,11 @@ def heat_map(axes, fell: dict[tuple[str, str], float], title: str) -> None:
 
 def fallback_figure(line: dict):
     """The heat map of one line of metrics, for tensorboard; None without ladders."""
-    fell = {place: 1 - next(iter(found.values())) for place, found in shares(line).items()}
+    fell = {place: high(found) for place, found in shares(line).items()}
     if not fell:
         return None
     figure = _figure(6, 1.5 + 0.25 * len({m for m, _ in fell}))
-    heat_map(figure.subplots(), fell, f"share not in the cheapest format, up to step {line['step']}")
+    heat_map(figure.subplots(), fell, f"share in 16 bits, up to step {line['step']}")
     return figure
 
 
@@ -151,9 +173,14 @@ def choices(run: Path) -> Path | None:
     over_time.set_title("which formats are used", fontsize=10)
     over_time.legend(fontsize=8, loc="lower left")
 
-    fell = {p: sum(1 - next(iter(found[p].values())) for _, found in seen if p in found) / sum(p in f for _, f in seen)
-            for p in dict.fromkeys(p for _, found in seen for p in found)}  # fmt: skip
-    heat_map(where, fell, "share not in the cheapest format, over the run")
+    places = list(dict.fromkeys(place for _, found in seen for place in found))
+    by_line = {line["step"]: shares(line) for line in lines}
+
+    def share_of(place: tuple[str, str], what: Callable[[dict], float]) -> float:
+        return over_run(lines, lambda line: what(found) if (found := by_line[line["step"]].get(place)) else None)
+
+    fell = {place: share_of(place, lambda found: 1 - next(iter(found.values()))) for place in places}
+    heat_map(where, {place: share_of(place, high) for place in places}, "share in 16 bits, over the run")
 
     counts: dict[str, list[int]] = {}
     for line in lines:

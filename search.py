@@ -10,23 +10,29 @@ rules are this project's, since the paper's are not known here):
     relative error, underflow           as in quant/choice.py
     bias                                ||mean q(x) - x|| / ||x||, the mean over 16 draws where rounding is stochastic
 
-An operand gets the first candidate whose median and 99th percentile, the worst of all captures, are within SLACK times what
-E4M3 with one scale has on normal numbers with the same contraction; else the compute dtype. Then both operands of each GEMM are
-replaced together, once, at the last capture: where the median is above JOINT times the root of the sum of their squares, the
+An operand gets the first candidate whose median and 99th percentile, the worst of all captures, are within SLACK times a bound,
+else the compute dtype. The bound is what E4M3 with one scale has on normal numbers with the same contraction; or, with --bound
+own, what E4M3 within its range has in place of this very operand, which is a fairer measure where few products make up the sum,
+as of squared ReLUs: a backward error shrinks with the number of like products. Then both operands of each GEMM are
+replaced together, at the last capture: where the median is above JOINT times the root of the sum of their squares, the
 worse of the two is promoted to the next candidate, until it fits. BE never chooses a rounding, since it punishes the one
 without bias: weights and activations are rounded to nearest, gradients stochastically (--gradients nearest: those too).
 
 Written: FILE, a config that train.py takes as it is, and beside it a table of why, FILE with .txt for .toml.
-Left out: a measure of cost but the order of candidates; formats of several layers weighed against each other.
+Left out: a measure of cost but the order of candidates; formats of several layers weighed against each other; a second look
+while the policy trains, to promote what has become worse.
 """
 
 import argparse
 import io
+import itertools
 import json
 import math
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -51,10 +57,11 @@ from quant.recipe import OPERANDS, Dgrad, Fprop, Wgrad
 from train import Trainer, open_corpus
 
 SLACK, JOINT, SIDE, DRAWS = 1.25, 1.2, 256, 16
-SHARES = 0.01, 0.1, 0.5, 1.0  # of a run that is trained here, where it is captured
+SHARES = 0.01, 0.1, 0.5, 1.0  # of a run that is trained here, where it is captured if --at says nothing
 GRANULARITIES = {"tensor": (-1, -1), "vector": (1, -1), "128": (1, 128)}
 DEFAULT = {f"{fmt}-{name}": QuantSpec(fmt, block, Scale("fp32"))
            for name, block in GRANULARITIES.items() for fmt in ("int8", "e4m3", "e5m2")}  # fmt: skip
+IN_RANGE = QuantSpec("e8m3", scale=Scale("none"))  # E4M3 whose range never ends
 NAMES = {gemm: [o for o in OPERANDS if o.startswith(gemm)] for gemm in ("fprop", "dgrad", "wgrad")}
 
 
@@ -65,10 +72,11 @@ class Errors(NamedTuple):
     p99: float
     relative: float
     underflow: float
-    bias: float
 
     def worst(self, other: "Errors | None") -> "Errors":
-        return self if other is None else Errors(*map(max, self, other))
+        """Of each the larger, or what is no number: that is within no bound."""
+        return self if other is None else Errors(*(max(a, b, key=lambda v: math.inf if math.isnan(v) else v)
+                                                   for a, b in zip(self, other, strict=True)))  # fmt: skip
 
 
 Measured = dict[tuple[str, str], dict[str, Errors]]  # (module, operand) -> candidate -> its errors
@@ -82,37 +90,49 @@ def some(rows: int, device=None) -> Tensor:
 def backward_errors(l: Tensor, q: Tensor, r: Tensor, p: Tensor | None = None) -> tuple[float, float]:  # noqa: E741
     """l, q [M, K], r, p [N, K], q and p what stands for l and r (None: itself) -> median and 99th percentile of the BE."""
     i, j = some(len(l), l.device), some(len(r), l.device)
-    l, q, r = (t.double() for t in (l[i], q[i], r[j]))  # noqa: E741
-    p = r if p is None else p[j].double()
-    error = (l @ r.t() - q @ p.t()).abs() / (l.abs() @ r.abs().t()).clamp(min=1e-300)
-    ordered = error.flatten().sort().values
+    l, q, r = (t[k].double() for t, k in ((l, i), (q, i), (r, j)))  # noqa: E741
+    if p is None:
+        return spread_of((l - q) @ r.t(), l.abs() @ r.abs().t())
+    return spread_of(l @ r.t() - q @ p[j].double().t(), l.abs() @ r.abs().t())
+
+
+def spread_of(gap: Tensor, size: Tensor) -> tuple[float, float]:
+    """Median and 99th percentile of |gap| / size, 0 where both are."""
+    ordered = torch.where(gap == 0, 0.0, gap.abs() / size).flatten().sort().values
     return float(ordered[len(ordered) // 2]), float(ordered[len(ordered) * 99 // 100])
 
 
 @cache
 def reference(k: int) -> tuple[float, float]:
-    """SLACK times median and 99th percentile of E4M3 with one scale on normal numbers [1024, K]."""
+    """Median and 99th percentile of E4M3 with one scale on normal numbers [1024, K]."""
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(1024, k, generator=g), torch.randn(SIDE, k, generator=g)
-    median, p99 = backward_errors(x, quantize(x, DEFAULT["e4m3-tensor"]).dequantize(), w)
-    return SLACK * median, SLACK * p99
+    return backward_errors(x, quantize(x, DEFAULT["e4m3-tensor"]).dequantize(), w)
 
 
 def dense(x: Tensor, spec: QuantSpec, key: Key | None = None) -> Tensor:
     return Operand(*quantized_values(x, spec, key)).dense()
 
 
-def errors_of(x: Tensor, other: Tensor, spec: QuantSpec, stochastic: bool) -> Errors:
-    """x [M, K] in place of which `spec` is put, other [N, K] exact."""
-    q, o = dense(x, spec), Operands(x, None, (-1, -1))
-    relative, underflow = (float(o.metric(by, spec)) for by in ("relative_error", "underflow"))
-    size = float(x.float().norm()) or 1.0
-    bias = float((q - x.float()).norm()) / size
-    if stochastic:
-        random = replace(spec, rounding="stochastic")
-        mean = sum(dense(x, random, Key(draw)).double() for draw in range(DRAWS)) / DRAWS
-        bias = float((mean - x.double()).norm()) / size
-    return Errors(*backward_errors(x, q, other), relative, underflow, bias)
+class Measure:
+    """The errors of candidates for x [M, K], other [N, K] exact."""
+
+    def __init__(self, x: Tensor, other: Tensor):
+        i, j = some(len(x), x.device), some(len(other), x.device)
+        self.x, self.rows, self.some, self.other = x, i, x[i].double(), other[j].double().t()
+        self.size = self.some.abs() @ self.other.abs()
+        self.own = Operands(x, None, (-1, -1))
+
+    def errors(self, spec: QuantSpec) -> Errors:
+        q = Operand(*self.own.logical_values(spec)).dense()
+        relative, underflow = (float(self.own.metric(by, spec)) for by in ("relative_error", "underflow"))
+        return Errors(*spread_of((self.some - q[self.rows].double()) @ self.other, self.size), relative, underflow)
+
+
+def bias(x: Tensor, spec: QuantSpec) -> float:
+    """||mean q(x) - x|| / ||x||, over DRAWS if the spec is stochastic."""
+    draws = [dense(x, spec, Key(draw)).double() for draw in range(DRAWS if spec.stochastic else 1)]
+    return float((sum(draws) / len(draws) - x.double()).norm()) / (float(x.double().norm()) or 1.0)
 
 
 def fits(x: Tensor, spec: QuantSpec) -> bool:
@@ -129,41 +149,52 @@ Tap = Callable[[Linear, str, Operand, Operand, Tensor], None]
 class Captures:
     """A model at several places of a run; `each(tap)` lets tap see the operands of a micro-batch at every one."""
 
-    def __init__(self, run: Path, overrides: list[str]):
+    def __init__(self, run: Path, overrides: list[str], at: list[int] | None = None):
         self.path, self.folders = run, []
         if not run.is_dir():
             self.config = load(run, overrides)
         else:
             found = checkpoint.find(run)
-            self.folders = [found] if found == run else [checkpoint.step_folder(run, s) for s in checkpoint.steps(run)]
+            steps = checkpoint.steps(run) if found != run else []
+            if wrong := [step for step in at or [] if step not in steps]:
+                there = ", ".join(map(str, steps)) or "itself only"
+                raise ValueError(f"--at {wrong[0]}: {run} has checkpoints of steps {there}")
+            self.folders = [checkpoint.step_folder(run, step) for step in at or steps] or [found]
             self.config = load(found.parent / "config.toml", overrides)
+        steps = self.config.train.steps
+        self.at = sorted(set(at or (max(1, math.ceil(share * steps)) for share in SHARES)))
+        if not self.folders and not 1 <= self.at[0] <= self.at[-1] <= steps:
+            raise ValueError(f"--at {' '.join(map(str, self.at))}: expected steps from 1 to train.steps = {steps}")
+        self.last = False  # whether the capture is the last one
         self.source = self.folders[0].parent / "config.toml" if self.folders else run
-        plain = replace(self.config, policy=(Rule(recipe="bf16"),), weights=type(self.config.weights)())
+        once = replace(self.config.train, recompute=False, compile="quantiser")  # each GEMM once, where it can be seen
+        plain = replace(self.config, train=once, policy=(Rule(recipe="bf16"),), weights=type(self.config.weights)())
         self.corpus = open_corpus(plain)
         with redirect_stdout(io.StringIO()):
             self.trainer = Trainer(plain, SimpleNamespace(start=0), self.corpus)
             self.trainer.set_policy(0)
 
     def each(self, tap: Tap) -> Iterator[int]:
-        """-> the steps, after the capture of each."""
+        """-> the steps, after the capture of each, while the model is still as it was then."""
         steps = self.config.train.steps
-        if not self.folders:
-            at = sorted({max(1, math.ceil(share * steps)) for share in SHARES})
-            for step in range(steps):
-                if step + 1 in at:
-                    self.capture(step, tap)
-                    yield step + 1
-                loss = self.trainer.step(step)[0]
-                if (step + 1) % 20 == 0:
-                    print(f"step {step + 1:5}/{steps}  loss {float(loss):.4f}", flush=True)
+        for step in range(0 if self.folders else self.at[-1]):
+            if step + 1 in self.at:
+                self.last = step + 1 == self.at[-1]
+                self.capture(step, tap)
+                yield step + 1
+            loss = self.trainer.step(step)[0]
+            if (step + 1) % 20 == 0:
+                print(f"step {step + 1:5}/{steps}  loss {float(loss):.4f}", flush=True)
         for folder in self.folders:
             checkpoint.intact(folder)
             state = checkpoint.restore(folder, self.trainer.model, self.trainer.optimizer, self.trainer.store)
-            self.capture(min(state["step"], steps - 1), tap)
+            self.last = folder == self.folders[-1]
+            self.capture(state["step"], tap)
             yield state["step"]
 
     def capture(self, step: int, tap: Tap) -> None:
         """Forward and backward of the first micro-batch of a step; nothing changes but the gradients, which are dropped."""
+        self.step = step
         trainer, t = self.trainer, self.config.train
         number = step * t.micro_batches
         trainer.context.at(step, number)
@@ -178,10 +209,11 @@ class Captures:
 
 
 class Search:
-    def __init__(self, candidates: dict[str, QuantSpec], stochastic: bool, skip: list[str]):
-        self.candidates, self.stochastic, self.skip = candidates, stochastic, skip
+    def __init__(self, candidates: dict[str, QuantSpec], stochastic: bool, skip: list[str], bound: str = "normal"):
+        self.candidates, self.stochastic, self.skip, self.bound = candidates, stochastic, skip, bound
         self.measured: Measured = {}
-        self.contraction: dict[tuple[str, str], int] = {}
+        self.bounds: dict[tuple[str, str], Errors] = {}
+        self.biases: dict[tuple[str, str], float] = {}
         self.chosen: dict[tuple[str, str], str] = {}  # candidate, "" for the compute dtype
         self.joint: dict[tuple[str, str], tuple[float, float]] = {}  # (module, gemm) -> median together, bound
 
@@ -193,17 +225,17 @@ class Search:
             return
         pair = a.values.detach(), b.values.detach()
         for operand, x, other in zip(NAMES[gemm], pair, pair[::-1], strict=True):
-            place = module.name, operand
+            place, measure = (module.name, operand), Measure(x, other)
             found = self.measured.setdefault(place, {})
-            self.contraction[place] = x.shape[1]
             for name, spec in self.candidates.items():
-                if fits(x, spec):
-                    found[name] = errors_of(x, other, spec, self.stochastic and operand[-1] == "g").worst(found.get(name))
+                if fits(x, replace(spec, rounding="stochastic") if self.stochastic and operand[-1] == "g" else spec):
+                    found[name] = measure.errors(spec).worst(found.get(name))
+            bound = Errors(*reference(x.shape[1]), 0, 0) if self.bound == "normal" else measure.errors(IN_RANGE)
+            self.bounds[place] = bound.worst(self.bounds.get(place))
 
     def passes(self, place: tuple[str, str], name: str) -> bool:
-        median, p99 = reference(self.contraction[place])
-        found = self.measured[place][name]
-        return found.median <= median and found.p99 <= p99
+        found, bound = self.measured[place][name], self.bounds[place]
+        return found.median <= SLACK * bound.median and found.p99 <= SLACK * bound.p99
 
     def choose(self) -> None:
         for place, found in self.measured.items():
@@ -222,28 +254,34 @@ class Search:
             return
         places = [(module.name, operand) for operand in NAMES[gemm]]
         x, w = a.values.detach(), b.values.detach()
+        self.fit(places, module, gemm, x, w)
+        for place, t in zip(places, (x, w), strict=True):
+            if spec := self.spec(place):
+                self.biases[place] = bias(t, spec)
+
+    def spec(self, place: tuple[str, str]) -> QuantSpec | None:
+        """What was chosen, with its rounding."""
+        name = self.chosen[place]
+        spec = self.candidates[name] if name else None
+        return replace(spec, rounding="stochastic") if spec and place[1][-1] == "g" and self.stochastic else spec
+
+    def fit(self, places: list[tuple[str, str]], module: Linear, gemm: str, x: Tensor, w: Tensor) -> None:
         while all(self.chosen[place] for place in places):
-            specs = [self.candidates[self.chosen[place]] for place in places]
-            median, _ = backward_errors(x, dense(x, specs[0]), w, dense(w, specs[1]))
-            singles = [self.measured[place][self.chosen[place]].median for place in places]
-            bound = JOINT * math.hypot(*singles)
+            q, p = (dense(t, self.candidates[self.chosen[place]]) for t, place in zip((x, w), places, strict=True))
+            singles = [backward_errors(x, q, w)[0], backward_errors(w, p, x)[0]]
+            median, bound = backward_errors(x, q, w, p)[0], JOINT * math.hypot(*singles)
             self.joint[module.name, gemm] = median, bound
             if median <= bound:
                 return
+            del self.joint[module.name, gemm]
             self.promote(places[singles.index(max(singles))])
 
     def recipes(self) -> dict[str, tuple[Recipe, list[str]]]:
         """Name -> a recipe and the modules that have it."""
         groups: dict[Recipe, list[str]] = {}
         for module in dict.fromkeys(module for module, _ in self.chosen):
-            specs = {}
-            for operand in OPERANDS:
-                name = self.chosen.get((module, operand), "")
-                spec = self.candidates[name] if name else None
-                if spec and operand[-1] == "g" and self.stochastic:
-                    spec = replace(spec, rounding="stochastic")
-                specs[operand] = spec
-            o = specs
+            o = {operand: self.spec((module, operand)) for operand in OPERANDS if (module, operand) in self.chosen}
+            o = dict.fromkeys(OPERANDS) | o
             recipe = Recipe(
                 Fprop(o["fprop.x"], o["fprop.w"]), Dgrad(o["dgrad.g"], o["dgrad.w"]), Wgrad(o["wgrad.g"], o["wgrad.x"])
             )
@@ -255,12 +293,13 @@ class Search:
         heads = ("BE median", "bound", "p99", "bound", "relative", "underflow", "bias")
         lines = [f"{'operand':30} {'got':12}" + "".join(f"{head:>11}" for head in heads) + "   cheaper ones, how far above"]
         for (module, operand), name in self.chosen.items():
-            found, bounds = self.measured[module, operand], reference(self.contraction[module, operand])
+            found, bound = self.measured[module, operand], self.bounds[module, operand]
+            bounds = SLACK * bound.median, SLACK * bound.p99
             row = f"{module + ' ' + operand:30} {name or 'bf16':12}"
             if name:
                 e = found[name]
                 row += "".join(f"{v:11.2e}" for v in (e.median, bounds[0], e.p99, bounds[1]))
-                row += "".join(f"{v:11.2%}" for v in (e.relative, e.underflow, e.bias))
+                row += "".join(f"{v:11.2%}" for v in (e.relative, e.underflow, self.biases.get((module, operand), math.nan)))
             failed = [n for n in found if n != name][: list(found).index(name) if name else None]
             words = [f"{n} ({max(found[n].median / bounds[0], found[n].p99 / bounds[1]):.1f} x)" for n in failed]
             lines.append(f"{row}  {', '.join(words[:3])}{' ...' * (len(words) > 3)}")
@@ -276,36 +315,51 @@ class Search:
         return lines
 
 
-def config_text(search: Search, source: Path, out: Path, command: str, steps: list[int]) -> str:
-    """The config, as TOML."""
+def config_text(search: Search, captures: Captures, out: Path, command: str, overrides: list[str], steps: list[int]) -> str:
+    """The config, as TOML: what is new over the one that was searched, under names that that one has not."""
+    given = {key.strip(): value for key, _, value in (o.partition("=") for o in overrides) if not key.startswith("run.")}
     head = [
         "#:schema schema.json",
         "# A policy by measured errors: each operand in the cheapest format that passes (search.py, arXiv:2408.02897). Made by",
         f"#   {command}",
         f"# from captures at steps {', '.join(map(str, steps))}. Operands of {len({m for m, _ in search.chosen})} Linears:",
         *(f"#   {line}" for line in search.counts()),
+        f'extends = "{os.path.relpath(captures.source.resolve(), out.resolve().parent)}"',
+*(f"{key} = {toml(value)}" for key, value in given.items()),
     ]
-    groups, names = search.recipes(), {}
-    specs = {spec: None for recipe, _ in groups.values() for spec in recipe.operands().values() if spec}
+    groups, names, taken = search.recipes(), {}, captures.config
     lines = ["", "[specs]"]
-    for spec in specs:
-        base = next(
-            name for name, c in search.candidates.items() if replace(spec, rounding="nearest") == replace(c, rounding="nearest")
-        )
-        names[spec] = base + "-sr" * spec.stochastic
+    for spec in dict.fromkeys(spec for recipe, _ in groups.values() for spec in recipe.operands().values() if spec):
+        near = replace(spec, rounding="nearest")
+        base = next(name for name, c in search.candidates.items() if replace(c, rounding="nearest") == near)
+        names[spec] = unused(base + "-sr" * spec.stochastic, {*taken.specs, *names.values()})
         lines.append(f"{names[spec]} = {spec_text(spec)}")
+    called = {name: unused(name, taken.recipes) for name in groups}
     for name, (recipe, _) in groups.items():
-        lines += ["", f"[recipes.{name}]"]
+        lines += ["", f"[recipes.{called[name]}]"]
         for gemm, operands in NAMES.items():
             found = {o[6:]: recipe.operands()[o] for o in operands}
             if any(found.values()):
                 lines.append(f"{gemm} = {{ " + ", ".join(f'{o} = "{names[s]}"' for o, s in found.items() if s) + " }")
     for name, (_, modules) in groups.items():
         for module in modules:
-            lines += ["", "[[policy]]", f'match = "{module}"', f'recipe = "{name}"']
-    lines += ["", "[[policy]]", 'recipe = "bf16"', ""]
-    extends = f'extends = "{os.path.relpath(source.resolve(), out.resolve().parent)}"'
-    return "\n".join([*head, extends, *lines])
+            lines += ["", "[[policy]]", f'match = "{module}"', f'recipe = "{called[name]}"']
+    return "\n".join([*head, *lines, "", "[[policy]]", 'recipe = "bf16"', ""])
+
+
+def unused(name: str, taken: Iterable[str]) -> str:
+    """The name, or with a number, if that one is taken."""
+    taken = set(taken)
+    return next(n for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))) if n not in taken)
+
+
+def toml(value: str) -> str:
+    """The value of an override as it stands in a file: what is no TOML is a string."""
+    try:
+        tomllib.loads(f"value = {value}")
+        return value
+    except tomllib.TOMLDecodeError:
+        return json.dumps(value.strip())
 
 
 def spec_text(spec: QuantSpec) -> str:
@@ -332,31 +386,44 @@ def main(argv: list[str]) -> int:
     parser.add_argument("override", nargs="*", default=[], help="key=value of its config")
     parser.add_argument("--specs", type=Path, metavar="FILE", help="a config whose [specs] are the candidates, cheapest first; "
                         "default: INT8, E4M3, E5M2 with fp32 scales of a tensor, a vector, 128 elements")  # fmt: skip
+    parser.add_argument("--at", type=int, nargs="*", metavar="STEP", help="where to capture; default: see above")
+    parser.add_argument("--bound", choices=["normal", "own"], default="normal", help="what errors are compared with")
     parser.add_argument("--gradients", choices=["stochastic", "nearest"], default="stochastic", help="their rounding")
     parser.add_argument(
         "--skip", nargs="*", default=["head"], metavar="GLOB", help="Linears that stay as they are; default: head"
     )
     parser.add_argument("--out", type=Path, default=Path("out/search.toml"), metavar="FILE", help="default out/search.toml")
     args = parser.parse_intermixed_args(argv)
+    if args.out.suffix != ".toml":
+        raise ValueError(f"--out {args.out}: expected a file that ends in .toml")
+    if wrong := [o for o in args.override if o.split(".")[0].strip() in ("specs", "recipes", "policy")]:
+        raise ValueError(f"override {wrong[0]!r}: specs, recipes and policy are what is searched for; --specs names candidates")
     candidates = {n: s for n, s in load(args.specs).specs.items() if isinstance(s, QuantSpec)} if args.specs else DEFAULT
-    if wrong := [n for n, s in candidates.items() if s.hadamard or s.scale.history or s.center or s.source != "original"]:
-        raise ValueError(
-            f"--specs {args.specs}: {', '.join(wrong)}: expected specs without hadamard, history, center and source"
-        )
-    captures = Captures(args.run, args.override)
-    search, steps = Search(candidates, args.gradients == "stochastic", args.skip), []
+    if not candidates:
+        raise ValueError(f"--specs {args.specs}: it has no [specs], so there are no candidates")
+    for name, c in candidates.items():
+        if c.keyed or c.hadamard or c.scale.history or c.center or c.source != "original":
+            what = "expected a spec rounded to nearest, without hadamard, history, center and source"
+            raise ValueError(f"--specs {args.specs}: {name} is {c.short()}: {what}")
+    captures = Captures(args.run, args.override, args.at)
+    search, steps = Search(candidates, args.gradients == "stochastic", args.skip, args.bound), []
     print(f"search: {args.run}, {len(candidates)} candidates: {', '.join(candidates)}", flush=True)
     for step in captures.each(search.measure):
         steps.append(step)
         print(f"search: step {step}: {len(search.measured)} operands measured", flush=True)
-    search.choose()
-    captures.capture(min(steps[-1], captures.config.train.steps) - 1, search.check)
-    command = " ".join(["python search.py", *argv])
+        if captures.last:
+            search.choose()
+            captures.capture(captures.step, search.check)
+    if not search.chosen:
+        raise ValueError(f"--skip {' '.join(args.skip)}: no Linear is left to search for")
+    command = " ".join(["python search.py", *map(shlex.quote, argv)])
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(config_text(search, captures.source, args.out, command, steps))
+    args.out.write_text(config_text(search, captures, args.out, command, args.override, steps))
     table = args.out.with_suffix(".txt")
     table.write_text("\n".join(search.why()) + "\n")
-    load(args.out)  # it must be one that train.py takes
+    made = load(args.out)
+    found = {m: made.recipes[rule.recipe] for rule in made.policy[:-1] for m in [rule.match]}
+    assert found == {m: recipe for recipe, modules in search.recipes().values() for m in modules}
     print("\n".join(["", *search.counts(), "", f"policy   {args.out}  (make train CONFIG={args.out})", f"why      {table}"]))
     return 0
 

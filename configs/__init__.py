@@ -306,7 +306,7 @@ def _parse(raw: dict) -> tuple[Config | None, dict[str, str]]:
         problems["source: unknown key 'source'"] = _near("source", _valid_keys([]))
     if isinstance(specs, dict):
         for table, key, place in _spec_places(raw):
-            table[key] = spec(table[key], place, (key,) if table is specs else ())
+            table[key] = spec(table[key], place, (place.split(".")[1],) if place.startswith("specs.") else ())
     try:  # in JSON's strict mode a table is a dataclass and a list a tuple, but nothing else is converted
         config = TypeAdapter(Config).validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
@@ -341,6 +341,9 @@ def _explain(error: Any) -> tuple[str, str]:
         return f"{key}: unknown key {path[-1]!r}", _near(path[-1], _valid_keys(place[:-1]))
     if kind == "missing":
         return f"{key}: this key is required", ""
+    if any(part.startswith(("literal[", "tuple[")) for part in path):
+        key = key[: key.index(".literal[" if ".literal[" in key else ".tuple[")]
+        return f"{key}: expected 'tensor', 'block' or a block [rows, contraction], each at least 1, got {got!r}", ""
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {message}", ""

@@ -123,6 +123,8 @@ class Choice:
     def _check_ladder(self) -> None:
         if self.bounds and self.below is not None:
             raise ValueError("below and bounds: expected one of them, since `below` is one bound for all")
+        if self.bounds and self.by != "squared_error":
+            raise ValueError(f"by {self.by!r} and bounds: expected one of them, since each of the bounds has a `by` of its own")
         if self.bounds and len(self.bounds) != len(self.candidates) - 1:
             raise ValueError(
                 f"bounds: expected a list for every candidate but the last, {len(self.candidates) - 1}, not {len(self.bounds)}"
@@ -195,8 +197,9 @@ class Choice:
     @property
     def transposes(self) -> bool:
         """Whether what is chosen for x^T is that for x, transposed, values and decisions."""
-        rows_matter = any(bound.by == "backward_error" for bound in self._every_bound)
-        return all(spec.transposes for spec in self.candidates) and self.unit[0] == self.unit[1] and not rows_matter
+        every = [*self.candidates, *(bound.than for bound in self._every_bound if bound.than)]
+        rows_matter = "backward_error" in (self.by, *(bound.by for bound in self._every_bound))
+        return all(spec.transposes for spec in every) and self.unit[0] == self.unit[1] and not rows_matter
 
     @property
     def elements(self) -> tuple[Format | Codebook, ...]:

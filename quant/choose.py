@@ -5,7 +5,8 @@ For each candidate c but the last, cheapest first, and each bound b of it, over 
     ratio[c, u] = max over b of  metric_b(x, Q_c(x)) / b                 (of one that is `enough`: the min with it)
     index[u]    = the first c with ratio[c, u] <= 1, else the last       (without bounds: the smallest metric)
 
-NaN is within no bound, so what is not finite stays what it is. No step waits for the device.
+NaN is within no bound, so what is not finite stays what it is (but that a backward error sees 64 rows only). No step waits for
+the device.
 
 Sums have no order: each term is rounded to a multiple of 2^-24 (relative errors) or of 2^-30 (errors and values as shares of
 the unit's largest magnitude), and fp64 adds up to 2^53 of those exactly. So eager and compiled code, kernels, and any number of
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from quant.choice import Bound, Choice
-from quant.encode import rotated, values_of
+from quant.encode import check, rotated, values_of
 from quant.fuse import run
 from quant.qtensor import in_memory, logical
 from quant.random import Key
@@ -207,6 +208,7 @@ def choose(
 
     index: the candidate, where that is decided already; errors are then measured only if `measure`. picker: in place of `pick`.
     """
+    check(x.shape, choice)
     x = rotated(x, choice, sign_key or (key and key.at(use=key.use + 16)))
     o, specs = Operands(x, key, choice.unit), tuple(map(unrotated, choice.candidates))
     dtype, one = torch.bfloat16 if choice.exact else torch.float32, choice.per == "tensor"

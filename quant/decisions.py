@@ -12,12 +12,15 @@
 The bins are those of the authors' tools (arXiv:2512.22804). A weight decides once a step, x and g in every micro-batch.
 """
 
+import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from quant.choice import Choice, Spec
 from quant.linear import Context, linears
+from quant.recipe import OPERANDS
 from quant.spec import QuantSpec
 
 BIN, BINS = 0.005, 12
@@ -31,54 +34,57 @@ def labels(candidates: tuple[QuantSpec, ...]) -> list[str]:
 
 def _shares(index: Tensor | int, count: int) -> Tensor:
     """fp64 [count]: of the elements that a decision is about, those of each candidate."""
-    index = torch.as_tensor(index)
+    index = torch.as_tensor(index).cpu()
     return torch.bincount(index.flatten(), minlength=count).double() / index.numel()
 
 
-def _low(index: Tensor | int | None, low: list[bool]) -> Tensor:
+def _low(spec: Spec | None, index: Tensor | int | None) -> Tensor:
     """fp64 [K / k]: of the rows of an operand, those below 16 bits, along the contraction."""
     if index is None:  # not a ladder
-        return torch.tensor([float(low[0])], dtype=torch.float64)
-    found = torch.tensor(low, dtype=torch.float64)[torch.as_tensor(index).cpu()]
+        return torch.tensor([float(spec is not None and spec.element.bits < 16)], dtype=torch.float64)
+    found = _below_16(spec)[torch.as_tensor(index).cpu()]
     return found.mean(0) if found.ndim else found.view(1)
+
+
+def _below_16(spec: Choice) -> Tensor:
+    return torch.tensor([float(c.element.bits < 16) for c in spec.candidates], dtype=torch.float64)
 
 
 def _joint(a: Tensor, b: Tensor) -> float:
     """Of the products of two operands, those where both are low; their units along the contraction may differ."""
-    n = torch.lcm(torch.tensor(len(a)), torch.tensor(len(b)))
-    return float((a.repeat_interleave(int(n) // len(a)) * b.repeat_interleave(int(n) // len(b))).mean())
+    n = math.lcm(len(a), len(b))
+    return float((a.repeat_interleave(n // len(a)) * b.repeat_interleave(n // len(b))).mean())
 
 
 def metrics(model: nn.Module, context: Context) -> dict[str, float | list[int]]:
-    """The names above -> numbers, from `context.decisions`, which is emptied."""
+    """The names above -> numbers, from `context.decisions`, which is emptied. (Where the policy has changed on the way, shares
+    are of the ladder in use at the end. Of flips a run that was continued does not know what came before.)"""
     found: dict[str, float | list[int]] = {}
     tensors, elements, flops = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
     for name, module in linears(model).items():
-        operands = module.recipe.operands() if module.recipe else {}
-        lows = {o: [c.element.bits < 16 for c in spec.candidates] if spec else [False] for o, spec in operands.items()}
-        for operand, spec in operands.items():
-            seen = context.decisions.pop(f"{name}/{operand}", [])
-            if not seen or not spec.ladder:
+        for operand in OPERANDS:
+            every = list(context.decisions.pop(f"{name}/{operand}", {}).values())
+            seen = [decision for decision in every if decision.spec == every[-1].spec]
+            if not seen:
                 continue
-            key, low = f"quant/{name}/{operand}", torch.tensor(lows[operand], dtype=torch.float64)
-            indices, errors, sizes = zip(*seen, strict=True)
-            shares = torch.stack([_shares(index, len(spec.candidates)) for index in indices])
-            found |= {f"{key}/share/{c}": s for c, s in zip(labels(spec.candidates), shares.mean(0).tolist(), strict=True)}
-            if errors := [e for e in errors if e is not None]:
-                errors = torch.stack(errors)
-                bins = (errors / BIN).nan_to_num(BINS).clamp(max=BINS).long().cpu()
-                found[f"{key}/error/{labels(spec.candidates)[0]}"] = float(errors.mean())
+            key, candidates, sizes = f"quant/{name}/{operand}", seen[-1].spec.candidates, [d.elements for d in seen]
+            shares = torch.stack([_shares(d.index, len(candidates)) for d in seen])
+            found |= {f"{key}/share/{c}": s for c, s in zip(labels(candidates), shares.mean(0).tolist(), strict=True)}
+            if errors := [d.error for d in seen if d.error is not None]:
+                errors = torch.stack(errors).cpu()
+                bins = (errors / BIN).nan_to_num(BINS, BINS).clamp(max=BINS).long()
+                found[f"{key}/error/{labels(candidates)[0]}"] = float(errors.mean())
                 found[f"{key}/errors"] = torch.bincount(bins, minlength=BINS + 1).tolist()
-            flips = [(torch.as_tensor(i) != torch.as_tensor(j)).double().mean() for i, j in pairwise(indices)]
-            found[f"{key}/flips"] = float(sum(flips))
-            share, size = shares @ low, torch.tensor(sizes, dtype=torch.float64)
+            before = [d for d in [context.last.get(f"{name}/{operand}")] if d is not None and d.spec == seen[-1].spec]
+            indices = [torch.as_tensor(d.index).cpu() for d in [*before, *seen]]
+            found[f"{key}/flips"] = float(sum((i != j).double().mean() for i, j in pairwise(indices)))
+            context.last[f"{name}/{operand}"] = seen[-1]
+            share, size = shares @ _below_16(seen[-1].spec), torch.tensor(sizes, dtype=torch.float64)
             tensors = [tensors[0] + float((share == 1).sum()), tensors[1] + len(seen)]
             elements = [elements[0] + float(share @ size), elements[1] + float(size.sum())]
         for gemm in ("fprop", "dgrad", "wgrad"):
-            seen = context.decisions.pop(f"{name}/{gemm}", [])
-            if seen:
-                a, b = (o for o in operands if o.startswith(gemm))
-                both = [_joint(_low(i, lows[a]), _low(j, lows[b])) for i, j in seen]
+            if seen := context.decisions.pop(f"{name}/{gemm}", {}):
+                both = [_joint(_low(*a), _low(*b)) for a, b in seen.values()]
                 found[f"quant/{name}/{gemm}/below_16"] = sum(both) / len(both)
                 flops = [flops[0] + sum(both) * module.weight.numel(), flops[1] + len(both) * module.weight.numel()]
     context.decisions.clear()

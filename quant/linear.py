@@ -33,7 +33,7 @@ from quant.choice import Choice, Spec
 from quant.choose import choose
 from quant.encode import check, decode, rotated, transform, unclipped
 from quant.gemm import Operand, gemm
-from quant.memory import Copies, decision, empty, gathered, settled
+from quant.memory import WHOSE, Copies, checksum, decision, empty, gathered, settled
 from quant.metrics import operand_stats
 from quant.mixed import Mixed
 from quant.qtensor import QTensor
@@ -47,28 +47,39 @@ from quant.transform import signs
 PLAIN = Recipe()
 
 
+class Decision(NamedTuple):
+    """What a ladder decided of an operand: the candidate (choose.Chosen), the relative error of the first one where it was
+    measured, and of how many elements."""
+
+    spec: Choice
+    index: Tensor | int
+    error: Tensor | None
+    elements: int
+
+
 class Context:
     """What all Linears of a model share during a run: where in the run we are, and the GEMM mode.
 
     The counters also live in int64 tensors, so that advancing them recompiles nothing and waits for nothing.
     `stats`: None, or a dict that collects `operand_stats` of every operand under "module/gemm.operand".
-    `decisions`: None, or a dict of lists (decisions.py): of every call of a ladder (index, relative error, elements) under
-    "module/gemm.operand", and of every GEMM with one the indices of both operands under "module/gemm".
+    `decisions`: None, or what ladders decided (decisions.py): under "module/gemm.operand" a `Decision` of each micro-batch, of
+    each step for a weight; and under "module/gemm", of each micro-batch, spec and index of both operands of a GEMM.
     `tap`: None, or what is called after every GEMM with the Linear, "fprop", "dgrad" or "wgrad", both operands (`Linear.plain`)
     and y, dx or dw; also of Linears without a recipe, whose backward is then that of this file and not autograd's.
     """
 
     def __init__(self, seed: int = 0, gemm: str = "bf16", device: str | torch.device = "cpu"):
         self.seed, self.gemm = seed, gemm
-        self.step = 0
+        self.step = self.micro_batch = 0
         self.counters = torch.zeros(2, dtype=torch.int64, device=device)  # global micro-batch, step
         self.stats: dict[str, Tensor] | None = None
-        self.decisions: dict[str, list[tuple]] | None = None
+        self.decisions: dict[str, dict[tuple[int, int], tuple]] | None = None
+        self.last: dict[str, Decision] = {}  # of `decisions` that have been read, for what comes after them
         self.tap: Callable[[Linear, str, Operand, Operand, Tensor], None] | None = None
 
     def at(self, step: int, micro_batch: int) -> None:
         """Move to a place in the run; both counts are global, from 0."""
-        self.step = step
+        self.step, self.micro_batch = step, micro_batch
         self.counters[0] = micro_batch
         self.counters[1] = step
 
@@ -106,7 +117,7 @@ class Linear(nn.Linear):
             if spec and (steps := spec.scale.history):
                 self._history(operand, steps)
             if spec and spec.ladder and spec.memory:
-                self._memory(operand, spec)
+                self._remember(operand, spec)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recipe is None and self.context.tap is None:
@@ -177,8 +188,9 @@ class Linear(nn.Linear):
         """x [R, K], contraction last -> what gemm takes."""
         if spec is None:
             return Operand(x, None, False)
-        self._observe(operand, spec, x, self._held(operand, spec, x))
-        return self._quantized(operand, spec, x)
+        held, found = self._held(operand, spec, x), self._quantized(operand, spec, x)
+        self._observe(operand, spec, x, held, found.index)
+        return found
 
     def _quantized(self, operand: str, spec: Spec, x: Tensor) -> Operand:
         if spec.ladder:
@@ -189,46 +201,50 @@ class Linear(nn.Linear):
         index, picker, measure = self._remembered(operand, spec, self.training) if spec.memory else (None, None, True)
         found = choose(x, spec, *self._keys(operand, spec), index, measure, picker)
         if spec.memory and measure:
-            state = self._memory(operand, spec)
+            state = self._memory(operand)
             state.copy_(gathered(state, found.ratios.flatten(), self.context.counters[1]))
-        self._decided(operand, (found.index, found.error, x.numel()))
+        self._decided(operand, Decision(spec, found.index, found.error, x.numel()))
         if operand == "fprop.w" and self._shares_weight():
-            self._decided("dgrad.w", (_turned_index(found.index), found.error, x.numel()))
+            self._decided("dgrad.w", Decision(spec, _turned_index(found.index), found.error, x.numel()))
         return Operand(found.values, found.factor, index=found.index)
 
-    def _decided(self, operand: str, *what: tuple) -> None:
-        """Note a decision, or what both operands of a GEMM have."""
+    def _decided(self, operand: str, what: tuple) -> None:
+        """Note a decision, or what both operands of a GEMM are; what runs again in a micro-batch is noted once."""
         if self.context.decisions is not None:
-            self.context.decisions.setdefault(f"{self.name}/{operand}", []).extend(what)
+            place = self.context.step, -1 if operand.endswith(".w") else self.context.micro_batch
+            self.context.decisions.setdefault(f"{self.name}/{operand}", {})[place] = what
 
     def _multiplied(self, name: str, a: Operand, b: Operand, y: Tensor) -> None:
         if a.index is not None or b.index is not None:
-            self._decided(name, (a.index, b.index))
+            specs = [spec for o, spec in (self.recipe or PLAIN).operands().items() if o.startswith(name)]
+            self._decided(name, tuple(zip(specs, (a.index, b.index), strict=True)))
         if self.context.tap is not None:
             self.context.tap(self, name, a, b, y)
 
-    def _memory(self, operand: str, spec: Choice) -> Tensor:
-        name = f"memory_{operand.replace('.', '_')}"
-        new = empty(spec, self.weight.device)
-        if name not in self._buffers or self._buffers[name].shape != new.shape:
-            self.register_buffer(name, new)
-        return self._buffers[name]
+    def _remember(self, operand: str, spec: Choice) -> None:
+        """Keep the buffer of this ladder; start an empty one where it is that of another, or there is none."""
+        old = self._buffers.get(f"memory_{operand.replace('.', '_')}")
+        if old is None or old.is_meta or float(old[WHOSE]) != checksum(spec):
+            self.register_buffer(f"memory_{operand.replace('.', '_')}", empty(spec, self.weight.device))
+            self._copies.pop(operand, None)
+
+    def _memory(self, operand: str) -> Tensor:
+        return self._buffers[f"memory_{operand.replace('.', '_')}"]
 
     def _remembered(self, operand: str, spec: Choice, training: bool) -> tuple[Tensor | int | None, Callable | None, bool]:
         """What is decided already, what picks where nothing is, and whether errors are measured, in this step.
 
         The first call in a step finishes the look before. An evaluation takes what has been decided, and changes nothing."""
-        state, step = self._memory(operand, spec), self.context.step
+        state, step = self._memory(operand), self.context.step
         now = settled(state, spec, self.context.counters[1])
         if training:
             state.copy_(now)
         return decision(now, spec, step, training, self._copies.setdefault(operand, Copies()))
 
-    def _observe(self, operand: str, spec: Spec, x: Tensor, held: Tensor | None, source: str = "") -> None:
-        """`source`: the operand whose codes it has, if that is another."""
+    def _observe(self, operand: str, spec: Spec, x: Tensor, held: Tensor | None, index: Tensor | int | None = None) -> None:
+        """`index`: what a ladder has decided of x."""
         if self.context.stats is not None:
             keys = self._keys(operand, spec)
-            index = self._remembered(source or operand, spec, training=False)[0] if spec.ladder and spec.memory else None
             q = quantize(x, spec, *keys, held, index)
             self.context.stats[f"{self.name}/{operand}"] = operand_stats(rotated(x, spec, keys[1]), q)
 
@@ -256,15 +272,15 @@ class Linear(nn.Linear):
             number.copy_(torch.where(here, step, number))
         return held
 
-    def _once(self, operand: str, other: str, x: Tensor) -> bool:
-        """Whether `operand`, of x^T, is what `other` is of x; what is watched of it is noted then."""
+    def _once(self, operand: str, other: str, x: Tensor, found: Operand) -> bool:
+        """Whether `operand`, of x^T, is what `other` is of x, which was found; what is watched of it is noted then."""
         spec, before = ((self.recipe or PLAIN).operands()[name] for name in (operand, other))
         once = spec is not None and spec == before and spec.transposes and not (spec.scale.history or spec.center)
         if once := once and not (spec.ladder and spec.memory):
-            self._observe(operand, spec, x.t(), None)
+            self._observe(operand, spec, x.t(), None, _turned_index(found.index))
             if spec.ladder and self.context.decisions is not None:
-                index, *rest = self.context.decisions[f"{self.name}/{other}"][-1]
-                self._decided(operand, (_turned_index(index), *rest))
+                decision = self.context.decisions[f"{self.name}/{other}"][self.context.step, self.context.micro_batch]
+                self._decided(operand, decision._replace(index=_turned_index(decision.index)))
         return once
 
     def _source(self) -> Tensor:
@@ -289,8 +305,8 @@ class Linear(nn.Linear):
             if measure or spec.candidates[index].scale.format == "none":
                 found = self._operand("wgrad.x", spec, x)
             else:
-                self._observe("wgrad.x", spec, x, None)
-                self._decided("wgrad.x", (index, None, x.numel()))
+                self._observe("wgrad.x", spec, x, None, index)
+                self._decided("wgrad.x", Decision(spec, index, None, x.numel()))
             if spec.candidates[index].scale.format == "none":
                 return Kept.of(found)
             return Kept.packed(quantize(x, spec.candidates[index], *keys), index)
@@ -308,12 +324,14 @@ class Linear(nn.Linear):
             return Operand(w.t() if transpose else w, None, False)
         shared = transpose and self._shares_weight()
         name = "fprop.w" if shared else operand
-        if self.context.stats is not None:
-            self._observe(operand, spec, w := self._original(operand, spec, dtype), self._held(name, spec, w), name)
-        elif spec.scale.history and self.training:  # noted also where an evaluation has filled the cache
-            self._held(name, spec, self._original(name, spec, dtype))
+        watched = self.context.stats is not None
+        if watched or (spec.scale.history and self.training):  # noted also where an evaluation has filled the cache
+            held = self._held(name, spec, self._original(operand, spec, dtype))
         found = self._cached(name, spec, lambda: self._quantized(name, spec, self._original(name, spec, dtype)))
-        return _turned(found) if shared else found
+        found = _turned(found) if shared else found
+        if watched:
+            self._observe(operand, spec, self._original(operand, spec, dtype), held, found.index)
+        return found
 
     def _shares_weight(self) -> bool:
         """Whether W^T has the codes of W, so that both are quantised once."""
@@ -387,7 +405,7 @@ class _Quantized(torch.autograd.Function):
         module._multiplied("fprop", a, b, y)
         if ctx.needs_input_grad[0] and recipe.clip:
             mask = module._mask("fprop.x", fprop_x, rest if fprop_x.center else x)
-        if ctx.needs_input_grad[1] and wgrad_x and wgrad_x.ladder and module._once("wgrad.x", "fprop.x", x):
+        if ctx.needs_input_grad[1] and wgrad_x and wgrad_x.ladder and module._once("wgrad.x", "fprop.x", x, a):
             kept = Kept.of(_turned(a))
         elif ctx.needs_input_grad[1]:
             x = a.dense() if wgrad_x and wgrad_x.source == "fprop" else rest if wgrad_x and wgrad_x.center else x
@@ -409,7 +427,7 @@ class _Quantized(torch.autograd.Function):
             dx = module._rotated(dx if mask is None else torch.where(mask, dx, 0))
             module._multiplied("dgrad", a, b, dx)
         if ctx.needs_input_grad[1]:
-            once = a and module._once("wgrad.g", "dgrad.g", g)
+            once = a and module._once("wgrad.g", "dgrad.g", g, a)
             a = _turned(a) if once else module._operand("wgrad.g", recipe.wgrad.g, g.t())
             b = ctx.kept._replace(tensors=tensors).operand()
             dw = gemm(a, b, torch.float32, mode)

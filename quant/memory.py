@@ -1,7 +1,8 @@
 """What a ladder with a Memory remembers between steps: a vector in a buffer, and how it changes once a step.
 
-    state fp64 [2 + 2 N + D] = look, level, good[N], worst[N], levels[D]        N = candidates - 1, D = max(delay, 1)
+    state fp64 [3 + 2 N + D] = whose, look, level, good[N], worst[N], levels[D]        N = candidates - 1, D = max(delay, 1)
 
+    whose   a checksum of the ladder: the memory of another one is not read
     look    the step whose errors are gathered in `worst`, the largest ratios of its micro-batches (choose.py); -inf: none
     level   the candidate that all finished looks have led to, -1 before the first
     good    of each candidate, in how many looks in a row its ratio has been at most 1 - margin
@@ -16,6 +17,7 @@ host, from a copy that has been on its way since the level was settled: so a GPU
 one of 2 (as documented; not run on one yet). With several ranks `worst` is theirs to maximise.
 """
 
+import zlib
 from collections.abc import Callable
 
 import torch
@@ -23,15 +25,20 @@ from torch import Tensor
 
 from quant.choice import Choice, Memory
 
-LOOK, LEVEL, GOOD = 0, 1, 2
+WHOSE, LOOK, LEVEL, GOOD = 0, 1, 2, 3
 
 
 def empty(choice: Choice, device: torch.device) -> Tensor:
     """The state before the first step."""
     n, d = len(choice.candidates) - 1, max(choice.memory.delay, 1)
     state = torch.full((GOOD + 2 * n + d,), -1.0, dtype=torch.float64, device=device)
+    state[WHOSE] = checksum(choice)
     state[LOOK], state[GOOD : GOOD + n], state[GOOD + n : GOOD + 2 * n] = -torch.inf, 0, -torch.inf
     return state
+
+
+def checksum(choice: Choice) -> float:
+    return float(zlib.crc32(repr(choice).encode()))
 
 
 def looks(memory: Memory, step: int) -> bool:
@@ -60,7 +67,7 @@ def settled(state: Tensor, choice: Choice, step: Tensor) -> Tensor:
     over = (look < step) & (look >= 0)
     level, good = torch.where(over, found, level), torch.where(over, after, good)
     now = torch.arange(d, device=state.device) == step % d
-    head = torch.stack([torch.where(over, -torch.inf, look), level])
+    head = torch.stack([state[WHOSE], torch.where(over, -torch.inf, look), level])
     return torch.cat([head, good, worst, torch.where(now, level, levels)])
 
 
@@ -69,7 +76,8 @@ def gathered(state: Tensor, ratios: Tensor, step: Tensor) -> Tensor:
     n = len(ratios)
     worst = state[GOOD + n : GOOD + 2 * n]
     worst = torch.where(state[LOOK] == step, torch.maximum(worst, ratios), ratios)
-    return torch.cat([step.view(1).double(), state[LEVEL : GOOD + n], worst, state[GOOD + 2 * n :]])
+    look = step.view(1).double()
+    return torch.cat([state[:LOOK], look, state[LEVEL : GOOD + n], worst, state[GOOD + 2 * n :]])
 
 
 class Copies:

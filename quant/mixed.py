@@ -32,11 +32,10 @@ class Mixed:
         """index int64 [R / r, K / k]; `whole`: the operand [R, K], all of it, by every candidate that occurs."""
         parts = {}
         for i, q in whole.items():
-            flat = [
-                None if t is None or t.ndim == 0 or t.numel() == 1 else _units(t, index.shape)[index == i].flatten(0, 1)
+            codes, scale = (
+                None if t is None else _units(t, index.shape)[index == i].flatten(0, 1)
                 for t in (q.packed_codes, q.scale_codes)
-            ]
-            codes, scale = flat
+            )
             parts[i] = QTensor(codes, scale, q.outer_codes, q.spec, (len(codes), spec.unit[1]))
         return cls(index.to(torch.uint8), parts, spec, shape)
 

@@ -156,7 +156,7 @@ class QTensor:
 
     def largest(self) -> Tensor:
         """fp32 [R, K]: the largest magnitude that each element could have, max * scale * global_scale."""
-        return spread(self.block_scale(), *self.rows_and_k) * self.spec.element.max
+        return (spread(self.block_scale(), *self.rows_and_k) * self.spec.element.max).expand(self.rows_and_k)
 
     def block_scale(self) -> Tensor:
         """fp32, [] or [R / b0, K / b1]: scale * global_scale of each block."""

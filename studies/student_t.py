@@ -5,8 +5,8 @@
 
 with one scale for each vector along the contraction, as in the paper, rounded to nearest and stochastically, and with one scale
 for the tensor; and the mean relative error of elements by their size, |x| / amax in binades. Seconds; printed, and drawn to
-docs/student_t.png. What the paper's figures show is known here at second hand: that FP8 stays bounded as tails get heavier,
-and INT8 does not; the numbers beside are those of an independent simulation (per-vector, to nearest), within 3 %.
+docs/student_t.png. What the paper's figures show is known here at second hand: that FP8 stays
+bounded as tails get heavier, and INT8 does not. tests/test_search.py compares with the numbers of a separate simulation.
 """
 
 import math

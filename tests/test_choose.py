@@ -18,6 +18,7 @@ from torch import Tensor
 from quant import Bound, Choice, Linear, Memory, QTensor, QuantSpec, Recipe, Scale, fuse, gemm, quantize
 from quant.choose import RELATIVE, SHARE, backward_error, choose
 from quant.gemm import Operand
+from quant.metrics import STATS, operand_stats
 from quant.mixed import Mixed, from_state
 from quant.quantize import decoded_values, quantized_values
 from quant.random import Key
@@ -140,8 +141,7 @@ def test_the_published_scales_of_gam(name, amaxes, scales):
     q = quantize(x, QuantSpec(name, (1, 2), GAM))
     encode = 1 / (q.scales()[0].double() * q.global_scale.double())
     np.testing.assert_allclose(encode.flatten().numpy(), scales, rtol=2e-7)  # eight digits are given
-    assert torch.equal(gam := torch.from_numpy(gam_scales(x.numpy(), (1, 2), name)).view(-1), gam)
-    np.testing.assert_allclose(encode.flatten().numpy(), gam.numpy(), rtol=1e-7)
+    np.testing.assert_allclose(encode.flatten().numpy(), gam_scales(x.numpy(), (1, 2), name).ravel(), rtol=1e-7)
 
 
 @settings(max_examples=60, deadline=None)
@@ -163,8 +163,10 @@ def test_gam_is_that_of_numpy_bit_for_bit(seed, block, name, spread):
 def test_gam_never_saturates_and_never_wastes_a_binade():
     x = uneven(512, 256, 4.0).float()
     for name in FORMATS:
-        s, ideal = gam_scales(x.numpy(), (1, 32), name), fp32_scales(x.numpy(), (1, 32), name)
-        assert ((s > ideal * 0.4999999) & (s <= ideal * 1.0000001)).all()  # (an ulp where both have the same significand)
+        q, ideal = quantize(x, QuantSpec(name, (1, 32), GAM)), torch.from_numpy(fp32_scales(x.numpy(), (1, 32), name))
+        ratio = 1 / (q.scales()[0].double() * q.global_scale.double()) / ideal.view(q.scales()[0].shape).double()
+        assert ((ratio > 0.4999998) & (ratio < 1.0000002)).all()  # (ulps, where both have the same significand)
+        assert (q.dequantize().abs() <= q.largest()).all()
 
 
 def test_gam_of_one_block_is_an_fp32_scale():
@@ -218,8 +220,9 @@ def test_errors_of_known_distributions(name):
     x = draw()
     for block, expected in zip(PARTITIONS.values(), rows, strict=True):
         found = [100 * float(choose(x, mor(block, scale)).error) for scale in (FP32, GAM, E8M0)]
-        # Where the scale hangs on the one largest element of relu(N)^2, draws differ: 12 of them by a deviation of 0.027.
-        atol = 2 * 0.027 if name == "relu(N)^2" and block in ((-1, -1), (128, 128)) else 0.03
+        # Where the scale hangs on the one largest element of relu(N)^2, draws differ, 12 of them by a deviation of 0.027; the
+        # number known is of one draw too, and a difference of two deviates by 0.038.
+        atol = 2 * 0.038 if name == "relu(N)^2" and block in ((-1, -1), (128, 128)) else 0.03
         np.testing.assert_allclose(found, expected * (3 // len(expected)), atol=atol)
 
 
@@ -383,7 +386,6 @@ def test_what_is_not_finite_shows(name, bad):
     x[40, 50] = bad
     found = choose(x, LADDERS[name], Key(0))
     assert not torch.isfinite(dense(*found[:2])[40, 50])
-    assert torch.as_tensor(found.index).flatten()[-1 if found.values.shape == () else 0] <= 2
     unit = LADDERS[name].per
     last = len(LADDERS[name].candidates) - 1
     where = found.index if unit == "tensor" else int(found.index[40 // unit[0], 50 // unit[1]])
@@ -426,6 +428,29 @@ def test_packed_is_what_was_chosen(name):
         assert back.nbytes() == q.nbytes() == sum(t.nbytes for t in tensors.values())
 
 
+def test_one_block_is_packed_too():
+    x = 7 * normal(32, 32)
+    q = quantize(x, two_way((32, 32)))
+    assert_same_bits(q.dequantize(), dense(*quantized_values(x, two_way((32, 32)))))
+
+
+def test_statistics_of_mixed_blocks():
+    x = normal(128, 128)
+    x[:32] *= torch.exp(5 * normal(32, 128, seed=1))
+    q = quantize(x, two_way((32, 32)))
+    assert set(q.parts) == {0, 1}
+    stats = dict(zip(STATS, operand_stats(x, q).tolist(), strict=True))
+    assert stats["sqnr_db"] > 25 and stats["saturated"] < 1e-3 and stats["nonfinite"] == 0
+    assert stats["relative_error"] == pytest.approx(float(((q.dequantize() - x).abs() / x.abs()).mean()), rel=1e-5)
+
+
+def test_x_transposed_is_not_decided_alike_where_rows_matter():
+    rows = e4m3((1, -1), FP32)
+    compared = Choice((e4m3(scale=FP32), BF16), per="tensor", bounds=((Bound("relative_error", 1.3, than=rows),),))
+    nearest = Choice((QuantSpec("int8", (-1, -1), FP32), e4m3(scale=FP32)), "backward_error", per="tensor")
+    assert not compared.transposes and not nearest.transposes and mor().transposes
+
+
 def test_mixed_blocks_take_their_own_bits():
     """Of 16 units of 32 x 32 four are wide: those stay in BF16, the rest are E4M3 with an fp32 scale, and a byte a unit."""
     x = normal(128, 128)
@@ -463,7 +488,8 @@ def test_a_linear_multiplies_what_is_chosen(monkeypatch):
             assert_same_bits(module.weight.grad, gemm(a["wgrad.g"], a["wgrad.x"], torch.float32, "bf16"), name)
             assert set(module.context.decisions) == {f"linear/{o}" for o in (*OPERANDS, "fprop", "dgrad", "wgrad")}
             for o in OPERANDS:
-                ((index, *_),) = module.context.decisions[f"linear/{o}"]
+                (decision,) = module.context.decisions[f"linear/{o}"].values()
+                index = decision.index
                 t = {"x": x.detach(), "w": w, "g": g}[o[-1]]
                 there = choose(t if o in ("fprop.x", "fprop.w", "dgrad.g") else t.t(), choice, *module._keys(o, choice)).index
                 assert torch.equal(torch.as_tensor(index), torch.as_tensor(there)), (name, o)
@@ -486,6 +512,7 @@ WRONG = [
         dict(per="tensor", below=0.1, bounds=((Bound("underflow"),),)),
         "below and bounds: expected one of them, since `below` is one bound",
     ),
+    (dict(per="tensor", by="underflow", bounds=((Bound("underflow"),),)), "by 'underflow' and bounds: expected one of them"),
     (dict(per="tensor", bounds=((), ())), "bounds: expected a list for every candidate but the last, 1, not 2"),
     (
         dict(per="tensor", bounds=((),)),

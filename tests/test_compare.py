@@ -31,7 +31,7 @@ def test_a_run_does_not_part_from_itself(small):
     # 8 Linears and the head, three GEMMs with two operands and a product each, two micro-batches, two steps
     assert len(found) == 9 * 9 * 2 * 2
     assert all(f.apart == 0 and f.errors_apart == 0 for f in found)
-    assert sum(f.a > 0 for f in found) == 8 * 6 * 2 * 2  # errors, of what is quantised
+    assert sum(bool(f.a) for f in found) == 8 * 6 * 2 * 2  # errors, of what is quantised
     assert compare.summary(found, 0.0) == {"values": [], "errors": []}
 
 
@@ -58,6 +58,21 @@ def test_errors_part_too(small):
     a, b = pair(small, "ufp4", "mxfp8")
     rows = compare.summary(compare.compare(a, b, range(1), quiet), 0.05)["errors"]
     assert rows and rows[0].place == "blocks.0.attn.qkv/fprop.x" and rows[0].a > 0.08 > 0.03 > rows[0].b
+
+
+def test_what_is_not_finite_is_apart():
+    x, nan, inf = torch.ones(4), torch.tensor([1, 1, torch.nan, 1]), torch.tensor([1, torch.inf, 1, 1])
+    assert compare.apart(x, nan) == compare.apart(inf, x) == compare.apart(nan, inf) == float("inf")
+    assert compare.apart(nan, nan) == compare.apart(inf, inf) == 0 and compare.apart(2 * x, x) == 1
+
+
+def test_a_run_that_is_no_longer_finite_is_found(small):
+    a, b = pair(small, "mxfp8", "mxfp8")
+    with torch.no_grad():
+        b.model.blocks[0].ffn.down.weight[3, 5] = torch.nan
+    rows = compare.summary(compare.compare(a, b, range(1), quiet), 0.2)
+    assert rows["values"][0].place == "blocks.0.ffn.down/fprop.w" and rows["values"][0].apart == float("inf")
+    assert rows["errors"][0].place == "blocks.0.ffn.down/fprop.w"
 
 
 def test_what_cannot_be_compared():

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import plot
+import train
 from quant import Choice, Context, Linear, QuantSpec, Recipe, Scale, attach, decisions
+from quant.linear import Decision
 from quant.recipe import OPERANDS, Dgrad, Fprop, Wgrad
 
 ROOT = Path(__file__).parent.parent
@@ -30,15 +32,22 @@ def model(x, w) -> tuple[torch.nn.Module, Context]:
 def test_shares_by_hand():
     """x: three calls, the second in BF16; w: one block of eight in BF16; g of wgrad: all E4M3; the others: no spec."""
     net, context = model(TENSOR, BLOCKS)
-    w = torch.zeros(4, 2, dtype=torch.int64)
+    w, g = torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2, dtype=torch.int64)
     w[0, 0] = 1
     e = torch.tensor
+
+    def noted(spec: Choice, *calls: tuple) -> dict:
+        return {(0, i): Decision(spec, *call) for i, call in enumerate(calls)}
+
+    def products(a: Choice, b: Choice | None, *calls: tuple) -> dict:
+        return {(0, i): ((a, x), (b, y)) for i, (x, y) in enumerate(calls)}
+
     context.decisions |= {
-        "0/fprop.x": [(0, e(0.021), 640), (e(1), e(0.059), 640), (0, e(0.5), 640)],
-        "0/fprop.w": [(w, None, 8192)],
-        "0/wgrad.g": [(torch.zeros(4, 2, dtype=torch.int64), None, 1280)] * 2,
-        "0/fprop": [(0, w), (e(1), w), (0, w)],
-        "0/wgrad": [(torch.zeros(4, 2, dtype=torch.int64), None)] * 2,
+        "0/fprop.x": noted(TENSOR, (0, e(0.021), 640), (e(1), e(0.059), 640), (0, e(0.5), 640)),
+        "0/fprop.w": noted(BLOCKS, (w, None, 8192)),
+        "0/wgrad.g": noted(BLOCKS, (g, None, 1280), (g, None, 1280)),
+        "0/fprop": products(TENSOR, BLOCKS, (0, w), (e(1), w), (0, w)),
+        "0/wgrad": products(BLOCKS, None, (g, None), (g, None)),
     }
     found = decisions.metrics(net, context)
     assert context.decisions == {}
@@ -53,6 +62,11 @@ def test_shares_by_hand():
     assert found["quant/share_tensors"] == pytest.approx((2 + 0 + 2) / 6)
     assert found["quant/share_elements"] == pytest.approx((2 * 640 + 7168 + 2 * 1280) / (3 * 640 + 8192 + 2 * 1280))
     assert found["quant/share_flops"] == pytest.approx((3 * (2 / 3) * 7 / 8 + 0) / 5)
+    # What comes next flips against what was there before, and another ladder's decisions are its own.
+    context.decisions["0/fprop.x"] = noted(TENSOR, (1, None, 640))
+    context.decisions["0/fprop.w"] = noted(TENSOR, (1, None, 8192))
+    found = decisions.metrics(net, context)
+    assert found[f"{key}.x/flips"] == 1 and found[f"{key}.w/flips"] == 0 and found[f"{key}.w/share/bf16"] == 1
 
 
 def test_shares_of_products_block_by_block():
@@ -60,8 +74,28 @@ def test_shares_of_products_block_by_block():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randint(2, (3, 4), generator=generator), torch.randint(2, (5, 8), generator=generator)
     both = [(1 - a[i, k // 2]) * (1 - b[j, k]) for i in range(3) for j in range(5) for k in range(8)]
-    found = decisions._joint(decisions._low(a, [True, False]), decisions._low(b, [True, False]))
+    found = decisions._joint(decisions._low(BLOCKS, a), decisions._low(BLOCKS, b))
     assert found == pytest.approx(float(sum(both)) / len(both))
+
+
+def test_a_policy_may_change_between_two_logs(small):
+    """From a ladder to another one and to none; each has its decisions until then."""
+    other = 'recipes.other={fprop={x="mor",w="mor"}}'
+    policy = 'policy=[{until=0.25,recipe="mor-tensor"},{until=0.5,recipe="other"},{recipe="bf16"}]'
+    own = ["specs.e4m3.block=[32,32]", other, policy, "run.name=switch", "train.log_every=7"]
+    assert train.main([str(ROOT / "configs/mor-tensor.toml"), *small, *own]) == 0
+
+
+def test_what_runs_again_is_counted_once(small):
+    lines = {}
+    for recompute in ("false", "true"):
+        own = ["specs.e4m3.block=[32,32]", f"train.recompute={recompute}", f"run.name=again-{recompute}", "train.steps=3"]
+        train.main([str(ROOT / "configs/mor-tensor.toml"), *small, *own])
+        lines[recompute] = plot.lines_of(Path(next(o for o in small if o.startswith("run.out="))[9:-1]) / f"again-{recompute}")[
+            -1
+        ]
+    a, b = ({k: v for k, v in line.items() if k.startswith("quant/")} for line in lines.values())
+    assert a == b and any(k.endswith("/errors") for k in a)
 
 
 def test_labels_tell_candidates_apart():

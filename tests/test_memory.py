@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant import Choice, Context, Linear, Memory, QuantSpec, Recipe, Scale, attach, memory
+from quant.metrics import STATS
 from quant.recipe import Dgrad, Fprop, Wgrad
 
 BF16 = QuantSpec("bf16", scale=Scale("none"))
@@ -191,6 +192,33 @@ def test_a_memory_of_nothing_trains_as_none():
 
     for a, b in zip(one(ladder(1)), one(replace(ladder(1), memory=None)), strict=True):
         assert_same_bits(a, b)
+
+
+def test_statistics_are_of_what_was_used():
+    """In a look without delay each micro-batch takes its own, and so do its statistics."""
+    module = linear(ladder(1))
+    for step in range(6):
+        module.context.at(step, step)
+        module.context.stats, (x, g) = {}, batch(step)
+        module(x.requires_grad_()).backward(g)
+        used = module.context.decisions["/fprop.x"][step, step].index
+        sqnr = float(module.context.stats["/fprop.x"][STATS.index("sqnr_db")])
+        assert used == (step % 3 == 0) and (sqnr > 100) == bool(used)  # BF16 leaves x as it is
+
+
+def test_another_ladder_starts_anew():
+    first = linear(ladder(1, every=2))
+    train(first, range(3))
+    state = first.get_buffer("memory_fprop_x").clone()
+    same, first.recipe = first.recipe, None
+    first.recipe = same  # as an evaluation in BF16 does
+    assert_same_bits(first.get_buffer("memory_fprop_x"), state)
+    first.recipe = recipe(replace(ladder(1, every=2), below=0.05))
+    assert first.get_buffer("memory_fprop_x")[memory.LEVEL] == -1
+    second = linear(ladder(1, every=2))  # a checkpoint of one, under the recipe of another
+    second.load_state_dict(first.state_dict() | {"memory_fprop_x": state})
+    second.recipe = recipe(replace(ladder(1, every=2), below=0.05))
+    assert second.get_buffer("memory_fprop_x")[memory.LEVEL] == -1
 
 
 def kept(module: Linear, x: Tensor) -> int:
