@@ -167,6 +167,8 @@ class Captures:
             raise ValueError(f"--at {' '.join(map(str, self.at))}: expected steps from 1 to train.steps = {steps}")
         self.last = False  # whether the capture is the last one
         self.source = self.folders[0].parent / "config.toml" if self.folders else run
+        if self.config.train.recompute or self.config.train.compile == "model":
+            print(f"search: {run} without train.recompute and with train.compile=quantiser, to see each GEMM once")
         once = replace(self.config.train, recompute=False, compile="quantiser")  # each GEMM once, where it can be seen
         plain = replace(self.config, train=once, policy=(Rule(recipe="bf16"),), weights=type(self.config.weights)())
         self.corpus = open_corpus(plain)
@@ -325,7 +327,7 @@ def config_text(search: Search, captures: Captures, out: Path, command: str, ove
         f"# from captures at steps {', '.join(map(str, steps))}. Operands of {len({m for m, _ in search.chosen})} Linears:",
         *(f"#   {line}" for line in search.counts()),
         f'extends = "{os.path.relpath(captures.source.resolve(), out.resolve().parent)}"',
-*(f"{key} = {toml(value)}" for key, value in given.items()),
+        *(f"{key} = {toml(value)}" for key, value in given.items()),
     ]
     groups, names, taken = search.recipes(), {}, captures.config
     lines = ["", "[specs]"]
