@@ -324,7 +324,8 @@ def config_text(search: Search, captures: Captures, out: Path, command: str, ove
         "#:schema schema.json",
         "# A policy by measured errors: each operand in the cheapest format that passes (search.py, arXiv:2408.02897). Made by",
         f"#   {command}",
-        f"# from captures at steps {', '.join(map(str, steps))}. Operands of {len({m for m, _ in search.chosen})} Linears:",
+        f"# from captures at steps {', '.join(map(str, steps))}; why, of each: {out.with_suffix('.txt').name}. Operands of "
+        f"{len({m for m, _ in search.chosen})} Linears:",
         *(f"#   {line}" for line in search.counts()),
         f'extends = "{os.path.relpath(captures.source.resolve(), out.resolve().parent)}"',
         *(f"{key} = {toml(value)}" for key, value in given.items()),

@@ -33,8 +33,7 @@ class Mixed:
         parts = {}
         for i, q in whole.items():
             codes, scale = (
-                None if t is None else _units(t, index.shape)[index == i].flatten(0, 1)
-                for t in (q.packed_codes, q.scale_codes)
+                None if t is None else _units(t, index.shape)[index == i].flatten(0, 1) for t in (q.packed_codes, q.scale_codes)
             )
             parts[i] = QTensor(codes, scale, q.outer_codes, q.spec, (len(codes), spec.unit[1]))
         return cls(index.to(torch.uint8), parts, spec, shape)
