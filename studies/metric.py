@@ -95,19 +95,22 @@ def spearman(x: list[float], y: list[float]) -> float:
 
 
 def draw(rows: list[tuple[str, float, float, float]], rho: float, path: Path) -> None:
+    """A line for each recipe, in the order of their errors, so that no name covers another."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.axhspan(-SPREAD, SPREAD, color="0.92", label=f"seeds: ±{SPREAD}")
-    for name, be, _, gap in rows:
-        axes.plot(be, gap, "o", color="tab:blue", ms=4)
-        axes.annotate(name, (be, gap), fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axes.set(xscale="log", xlabel="mean over GEMMs of the median backward error, step 100 of BF16",
-             ylabel="final validation loss − BF16 (nats/token)")  # fmt: skip
-    axes.set_title(f"measured error and loss of {len(rows)} recipes, Spearman {rho:+.2f}", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure = Figure(figsize=(8, 1 + 0.2 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = range(len(rows))
+    left.plot([be for _, be, _, _ in rows], places, "o", ms=5)
+    left.set(xscale="log", xlabel="median backward error, mean over GEMMs")
+    left.set_yticks(places, [name for name, *_ in rows], fontsize=8)
+    right.axvspan(-SPREAD, SPREAD, color="0.92", label=f"seeds: ±{SPREAD}")
+    right.plot([gap for *_, gap in rows], places, "o", ms=5)
+    right.set_xlabel("final validation loss − BF16 (nats/token)")
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"Measured error and loss of {len(rows)} recipes: Spearman {rho:+.2f}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -116,6 +119,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=raw)
     parser.add_argument("--train", action="store_true")
     args = parser.parse_args(argv)
+    commit = Run.commit()
     if args.train:
         remember({UNIFORM: round(outcome(UNIFORM, "int8", OVERRIDES), 4)})
     loss, found = losses(), recipes()
@@ -127,7 +131,7 @@ def main(argv: list[str]) -> int:
         print(f"{name:16} {be:9.2e} {'-' if relative != relative else f'{relative:.2%}':>9} {gap:+9.4f}")
     rho = spearman([r[1] for r in rows], [r[3] for r in rows])
     print(f"\nSpearman's rank correlation of BE and loss gap over {len(rows)} recipes: {rho:+.2f}")
-    remember({"spearman": round(rho, 3), "recipes": len(rows), "commit": Run.commit()})
+    remember({"spearman": round(rho, 3), "recipes": len(rows), "commit": commit})
     draw(rows, rho, ROOT / "docs/metric.png")
     print("written to docs/measured.json and docs/metric.png")
     return 0

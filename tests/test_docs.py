@@ -94,11 +94,11 @@ def test_a_config_says_what_was_measured_of_it(path):
 
 def test_measurements_are_of_configs():
     measured = json.loads(MEASURED.read_text())
-    assert set(measured) == {"steps", "outcomes", "mor"} and set(measured["steps"]) == {"commit", "machine", "ratio"}
+    assert set(measured) == {"steps", "outcomes", "mor", "metric"} and set(measured["steps"]) == {"commit", "machine", "ratio"}
     for name in [*measured["steps"]["ratio"], *measured["outcomes"]]:
         assert (CONFIGS / f"{name}.toml").is_file(), name
     assert all(set(found) == {"loss", "commit"} for found in measured["outcomes"].values())
-    runs = [*measured["outcomes"].values(), *measured["mor"].values()]
+    runs = [*measured["outcomes"].values(), *measured["mor"].values(), measured["metric"]]
     for commit in [measured["steps"]["commit"], *(found["commit"] for found in runs)]:
         assert re.fullmatch(r"[0-9a-f]{7,40}", commit), f"{commit}: measured with changes that no commit has"
 
