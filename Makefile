@@ -22,11 +22,11 @@ ready := .venv/.ready-$(DEVICE)
 groups = $(py) -c 'import sys, tomllib; table = tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]; \
 	print(*(line for name in sys.argv[1:] for line in table[name]), sep="\n")'
 
-.PHONY: help setup data train plot compare search eval test test-all bench outcomes schema table lint resolve clean run-given config-exists
+.PHONY: help setup data train plot compare search eval test test-all kernels-check bench outcomes schema table lint resolve clean run-given config-exists
 .DEFAULT_GOAL := help
 
 help: ## this table
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' Makefile
 
 setup: $(ready) ## .venv with the pinned dependencies [PYTHON=python3.12 DEVICE=cpu|cuda PIP_ARGS="pip's options, e.g. a CPU wheel index"]
 
@@ -50,11 +50,15 @@ search: $(ready) ## a policy from measured errors: RUN=config, run or checkpoint
 eval: run-given $(ready) ## evaluate a run or one of its checkpoints: RUN=out/NAME [ARGS=...]
 	$(py) evaluate.py $(RUN) $(ARGS)
 
-test: $(ready) ## run the tests, without the slow ones [ARGS="-k words"]
+test: $(ready) ## run the tests, without the slow ones; those of the kernels also in Triton's interpreter [ARGS="-k words"]
 	$(py) -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(py) -m pytest tests/test_kernels.py
 
 test-all: $(ready) ## run the tests, with the slow ones
 	$(py) -m pytest -m '' $(ARGS)
+
+kernels-check: $(ready) ## compile every kernel for every GPU, inspect it, execute its PTX; needs none [ARGS="100 --only nvfp4"]
+	$(py) -m testing.check $(ARGS)
 
 bench: $(ready) ## time the quantiser and a Linear, as ratios within one run [ARGS="--size 4096"]
 	$(py) bench.py $(ARGS)

@@ -32,7 +32,7 @@ import plot
 from configs import Config, dump, load
 from data import Corpus, prepare
 from model import GPT, flops_per_token, measure
-from quant import WeightStore, assign, assign_sites, attach, decisions, fuse
+from quant import WeightStore, assign, assign_sites, attach, decisions, fuse, kernel
 from quant.gemm import pick_mode
 from quant.linear import Context
 from quant.metrics import STATS
@@ -93,7 +93,8 @@ class Trainer:
         self.mode, mode_line = pick_mode(t.gemm, self.device)
         self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[t.dtype]
         print(fuse(t.compile == "quantiser"))
-        print(mode_line)
+        specs = (spec for recipe in config.recipes.values() for spec in recipe.operands().values() if spec)
+        print(*kernel.report(specs, self.device), mode_line, sep="\n")
         model = GPT(config.model, self.dtype, t.recompute).initialise(t.seed).to(self.device)
         self.model, self.optimizer = model, make_optimizer(model, config)
         self.context = Context(t.seed, self.mode, self.device)

@@ -1,8 +1,34 @@
-"""Triton kernels: plain tensors and integers in, plain tensors out; nothing here imports anything of ours.
+"""Triton kernels: plain tensors and numbers in, plain tensors out; nothing here imports anything of ours.
 
-There are none yet: on every device the quantiser is fused by torch.compile (quant/fuse.py), which writes Triton on a GPU.
-Hand-written kernels are worth their lines once they are measured against that, on the hardware they are for.
+    numerics.py    codes of small floats, random bits, pairs of numbers: what a thread computes
+    quantize.py    a matrix to codes and scales, along one axis or both in one read
+    amax.py        the largest magnitudes of a matrix, before or after a Hadamard transform
+    prepare.py     what a tensor's amax makes of its scales
+
+Each kernel has one source. Where a GPU has an instruction that gives the same bits as the exact arithmetic, `target_at` says
+so and the kernel uses it; everything is compiled without fusing multiply and add, and divides with div_rn, so that the
+interpreter, PTX executed without a GPU (testing/) and every GPU give the bits of the plain-torch reference in quant/.
 
 The name shadows a PyPI package called `kernels`, which loaders of FlashAttention builds import: run such a loader from
 another working directory.
 """
+
+import functools
+
+import triton
+
+from kernels.numerics import Target
+
+
+@functools.cache
+def target_at(capability: int) -> Target:
+    """What a GPU of that compute capability (80, 90, 100, ...) has; 0: exact arithmetic alone, as in the interpreter.
+
+    Conversions to E4M3 and E5M2 round twice on sm_89 in Triton 3.8 and miss ties on sm_80, so exact arithmetic stands for
+    them."""
+    return Target(f32x2=capability >= 100, e2m1=capability >= 100, fp8=capability >= 90, max2=capability >= 90)
+
+
+def capability() -> int:
+    """That of the current GPU; 0 in Triton's interpreter. Raises RuntimeError where there is neither."""
+    return 0 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from quant import kernel
 from quant.choice import Choice, Spec
 from quant.choose import choose
 from quant.encode import check, decode, rotated, transform, unclipped
@@ -184,11 +185,23 @@ class Linear(nn.Linear):
             return None, None
         return self.context.key(operand, self.number), self.context.sign_key(operand, self.number)
 
-    def _operand(self, operand: str, spec: Spec | None, x: Tensor) -> Operand:
-        """x [R, K], contraction last -> what gemm takes."""
+    def _pair(self, first: str, second: str, x: Tensor) -> tuple[QTensor | None, QTensor | None]:
+        """What the second GEMM takes along the other axis of x than the first, both of one read where kernels do that."""
+        a, b = ((self.recipe or PLAIN).operands()[name] for name in (first, second))
+        if a is None or b is None or (a == b and a.transposes) or not kernel.takes(x, a, b):
+            return None, None
+        if any(spec.center or spec.source == "fprop" for spec in (a, b)):
+            return None, None
+        keys = zip(self._keys(first, a), self._keys(second, b), strict=True)
+        held = self._held(first, a, x, note=False), self._held(second, b, x.t(), note=False)
+        return kernel.encode_pair(x, (a, b), *keys, held)
+
+    def _operand(self, operand: str, spec: Spec | None, x: Tensor, made: QTensor | None = None) -> Operand:
+        """x [R, K], contraction last -> what gemm takes. made: x, quantised already."""
         if spec is None:
             return Operand(x, None, False)
-        held, found = self._held(operand, spec, x), self._quantized(operand, spec, x)
+        held = self._held(operand, spec, x)
+        found = self._quantized(operand, spec, x) if made is None else Operand(*decode(made))
         self._observe(operand, spec, x, held, found.index)
         return found
 
@@ -295,8 +308,8 @@ class Linear(nn.Linear):
         size = self.recipe.rotate if self.recipe else 0
         return transform(x, size, torch.ones(size, device=x.device), x.dtype) if size else x
 
-    def _kept(self, spec: Spec | None, x: Tensor) -> "Kept":
-        """wgrad.x, of x^T [I, T], as it is kept for backward: packed where its format is known beforehand."""
+    def _kept(self, spec: Spec | None, x: Tensor, made: QTensor | None = None) -> "Kept":
+        """wgrad.x, of x^T [I, T], as it is kept for backward: packed where its format is known beforehand. made: as above."""
         if spec is None or (spec.ladder and not (spec.memory and spec.memory.delay)):
             return Kept.of(self._operand("wgrad.x", spec, x))
         keys = self._keys("wgrad.x", spec)
@@ -312,7 +325,7 @@ class Linear(nn.Linear):
             return Kept.packed(quantize(x, spec.candidates[index], *keys), index)
         held = self._held("wgrad.x", spec, x)
         self._observe("wgrad.x", spec, x, held)
-        return Kept.packed(quantize(x, spec, *keys, held))
+        return Kept.packed(quantize(x, spec, *keys, held) if made is None else made)
 
     def _weight(self, operand: str, spec: Spec | None, dtype: torch.dtype) -> Operand:
         """fprop.w: w [O, I]; dgrad.w: w^T [I, O]. Cached until the weight changes."""
@@ -396,7 +409,8 @@ class _Quantized(torch.autograd.Function):
         if any(spec and spec.center for spec in (fprop_x, wgrad_x)):
             mean = stated_sum(x.to(torch.float32), 0) * (1 / x.shape[0])  # [1, I]
             rest = x.to(torch.float32) - mean
-        a = module._operand("fprop.x", fprop_x, rest if fprop_x and fprop_x.center else x)
+        first, second = module._pair("fprop.x", "wgrad.x", x) if ctx.needs_input_grad[1] else (None, None)
+        a = module._operand("fprop.x", fprop_x, rest if fprop_x and fprop_x.center else x, first)
         b = module._weight("fprop.w", recipe.fprop.w, dtype)
         if fprop_x and fprop_x.center:
             y = (gemm(a, b, torch.float32, mode) + linear(mean, b.dense())).to(dtype)
@@ -409,7 +423,7 @@ class _Quantized(torch.autograd.Function):
             kept = Kept.of(_turned(a))
         elif ctx.needs_input_grad[1]:
             x = a.dense() if wgrad_x and wgrad_x.source == "fprop" else rest if wgrad_x and wgrad_x.center else x
-            kept = module._kept(wgrad_x, x.t())
+            kept = module._kept(wgrad_x, x.t(), second)
         ctx.module, ctx.recipe, ctx.dtype, ctx.kept = module, recipe, dtype, kept._replace(tensors=())
         ctx.save_for_backward(mean if wgrad_x and wgrad_x.center else None, mask, *kept.tensors)
         return y
@@ -421,14 +435,15 @@ class _Quantized(torch.autograd.Function):
         g = g.contiguous()
         dx = dw = None
         a = None
+        first, second = module._pair("dgrad.g", "wgrad.g", g) if all(ctx.needs_input_grad[:2]) else (None, None)
         if ctx.needs_input_grad[0]:
-            a, b = module._operand("dgrad.g", recipe.dgrad.g, g), module._weight("dgrad.w", recipe.dgrad.w, ctx.dtype)
+            a, b = module._operand("dgrad.g", recipe.dgrad.g, g, first), module._weight("dgrad.w", recipe.dgrad.w, ctx.dtype)
             dx = gemm(a, b, ctx.dtype, mode)
             dx = module._rotated(dx if mask is None else torch.where(mask, dx, 0))
             module._multiplied("dgrad", a, b, dx)
         if ctx.needs_input_grad[1]:
             once = a and module._once("wgrad.g", "dgrad.g", g, a)
-            a = _turned(a) if once else module._operand("wgrad.g", recipe.wgrad.g, g.t())
+            a = _turned(a) if once else module._operand("wgrad.g", recipe.wgrad.g, g.t(), second)
             b = ctx.kept._replace(tensors=tensors).operand()
             dw = gemm(a, b, torch.float32, mode)
             if mean is not None:

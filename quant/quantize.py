@@ -1,11 +1,14 @@
 """quantize(x, spec) -> QTensor or Mixed: one operand, by whatever stands for it in a recipe.
 
-encode.py has the semantics of a QuantSpec, choose.py how a Choice picks one; here is what the rest of the house calls.
-"""
+encode.py has the semantics of a QuantSpec, kernel.py what does the same on a GPU, choose.py how a Choice picks one; here is
+what the rest of the house calls."""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from quant import kernel
 from quant.choice import Choice
 from quant.choose import choose, unrotated
 from quant.encode import check, decode, encode, rotated, values_of
@@ -35,9 +38,11 @@ def quantize(
     Raises ValueError if x cannot be cut into blocks, or a key is missing.
     Source: arXiv:2509.25149 section 2; OCP MX v1.0.
     """
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    if kernel.takes(rows, spec):
+        return replace(kernel.encode(rows, spec, key, sign_key, held), shape=tuple(x.shape))
     if not spec.ladder:
         return encode(x, spec, key, sign_key, held)
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     check(x.shape, spec)
     index = choose(rows, spec, key, sign_key).index if index is None else index
     if spec.per == "tensor":
@@ -54,6 +59,8 @@ def quantized_values(
     BF16 where that is exact, else fp32; bit-equal to decoding what `quantize` gives."""
     if spec.ladder:
         return choose(x, spec, key, sign_key)[:2]
+    if kernel.takes(x, spec):
+        return decode(kernel.encode(x, spec, key, sign_key, held))
     return values_of(x, spec, key, sign_key, held)
 
 

@@ -33,7 +33,7 @@ def fenced(page: Path, language: str) -> list[str]:
 def test_python_prints_what_the_page_says(page, tmp_path):
     """All python blocks of a page as one program, in a copy of the sources to which the page's diffs are applied."""
     blocks, diffs = fenced(page, "python"), fenced(page, "diff")
-    for folder in ("quant", "configs", "data"):
+    for folder in ("kernels", "quant", "configs", "data"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("cache", "__pycache__"))
     shutil.copy(ROOT / "model.py", tmp_path)
     if diffs and not shutil.which("git"):

@@ -1,0 +1,209 @@
+"""Numbers in kernels: codes of small floats, scales, random bits, each in exact integer arithmetic; and, where a GPU has an
+instruction that gives the same bits, that instruction.
+
+A format is a few numbers (`Float`): E exponent and M mantissa bits, e0 the fp32 exponent field of its smallest normal number,
+the largest code, the code of NaN, whether it has a sign.
+
+    codes      a fp32 number p is the bits of |p|, u. Normal:     code = (u + add) >> (23 - M), less (e0 - 1) << M
+               below 2^(e0 - 127):                                code = (q + add) >> 24,  q = floor(|p| 2^24 / unit)
+               where `add` is what rounding is: nearest even      half - 1 + (the last bit kept)
+                                                away, inward      half, half - 1        zero     0
+                                                stochastic, N     a random number of N bits, at the top of what is dropped
+               q has all bits of |p| where |p| is at least half a unit, and below that only `stochastic` can round up, which
+               compares floors.
+    random     Philox4x32-10 at the counters of quant/random.py: 16 bytes serve 16 elements
+    Hadamard   butterflies of strides 1, 2, 4, ... in fp32, sum above difference, times d^-1/2, rounded to BF16
+
+No multiply-add is fused (all kernels are compiled with enable_fp_fusion=False) and divisions are div_rn, so a reference in
+torch, the interpreter and every GPU give the same bits. Pairs: two neighbours of a matrix [M, K] along K travel as (lo, hi),
+the halves of a 32-bit word where the matrix is BF16.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Float(NamedTuple):
+    """A small float. lowest: the fp32 exponent field of its smallest normal number; top: its largest code; nan: of NaN;
+    parts: 2^24 / unit of the smallest, by which `encode` turns subnormal numbers into integers."""
+
+    name: str
+    bits: int
+    exponent: int
+    mantissa: int
+    lowest: int
+    top: int
+    nan: int
+    signed: bool
+    parts: float
+
+
+class Target(NamedTuple):
+    """What the GPU has: f32x2 arithmetic, cvt to e2m1x2, cvt to e4m3x2 and e5m2x2 that rounds right, max of bf16x2."""
+
+    f32x2: bool = False
+    e2m1: bool = False
+    fp8: bool = False
+    max2: bool = False
+
+
+# --- pairs: two fp32 numbers at a time (f32x2: sm_100 and later) ---
+
+
+@triton.jit
+def add_pair(a, b, c, d, F32X2: tl.constexpr):
+    """(a, b) + (c, d)"""
+    if F32X2:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 x, y; mov.b64 x, {$2, $3}; mov.b64 y, {$4, $5}; add.rn.f32x2 x, x, y; mov.b64 {$0, $1}, x; }",
+            "=f,=f,f,f,f,f", [a, b, c, d], dtype=(tl.float32, tl.float32), is_pure=True, pack=1)  # fmt: skip
+    else:
+        return a + c, b + d
+
+
+@triton.jit
+def sub_pair(a, b, c, d, F32X2: tl.constexpr):
+    """(a, b) - (c, d)"""
+    if F32X2:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 x, y; mov.b64 x, {$2, $3}; mov.b64 y, {$4, $5}; sub.rn.f32x2 x, x, y; mov.b64 {$0, $1}, x; }",
+            "=f,=f,f,f,f,f", [a, b, c, d], dtype=(tl.float32, tl.float32), is_pure=True, pack=1)  # fmt: skip
+    else:
+        return a - c, b - d
+
+
+@triton.jit
+def mul_pair(a, b, c, d, F32X2: tl.constexpr):
+    """(a, b) * (c, d)"""
+    if F32X2:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 x, y; mov.b64 x, {$2, $3}; mov.b64 y, {$4, $5}; mul.rn.f32x2 x, x, y; mov.b64 {$0, $1}, x; }",
+            "=f,=f,f,f,f,f", [a, b, c, d], dtype=(tl.float32, tl.float32), is_pure=True, pack=1)  # fmt: skip
+    else:
+        return a * c, b * d
+
+
+@triton.jit
+def bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def unpack(word):
+    """A word of two BF16 -> fp32 (lo, hi)."""
+    return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bf16_bits(x):
+    """fp32 -> the bits of BF16, nearest even, in the upper half of an int32; NaN stays one."""
+    u = bits(x)
+    return tl.where((u & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, u + 0x7FFF + ((u >> 16) & 1)) & -65536
+
+
+@triton.jit
+def to_word(lo, hi, CVT: tl.constexpr):
+    """fp32 (lo, hi) -> a word of two BF16, nearest even."""
+    if CVT:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [lo, hi], dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
+    else:
+        return bf16_bits(hi) | ((bf16_bits(lo) >> 16) & 0xFFFF)
+
+
+# --- codes ---
+
+
+@triton.jit
+def encode(p, rand, f: tl.constexpr, ROUNDING: tl.constexpr, N: tl.constexpr):
+    """fp32 p -> codes of a small float, int32; saturates. rand: ints of N bits where ROUNDING is "stochastic"."""
+    E: tl.constexpr = f.exponent
+    M: tl.constexpr = f.mantissa
+    E0: tl.constexpr = f.lowest
+    S: tl.constexpr = 23 - M
+    u = bits(p)
+    a = u & 0x7FFFFFFF
+    q = (tl.abs(p) * f.parts).to(tl.int32)
+    if ROUNDING == "nearest":
+        normal, small = a + ((1 << (S - 1)) - 1) + ((a >> S) & 1), q + 0x7FFFFF + ((q >> 24) & 1)
+    elif ROUNDING == "away":
+        normal, small = a + (1 << (S - 1)), q + 0x800000
+    elif ROUNDING == "inward":
+        normal, small = a + ((1 << (S - 1)) - 1), q + 0x7FFFFF
+    elif ROUNDING == "zero":
+        normal, small = a, q
+    else:
+        small = q + (rand << (24 - N))
+        if N <= S:
+            normal = a + (rand << (S - N))
+        else:
+            normal = a + (rand >> (N - S))
+    code = tl.where(a < (E0 << 23), small >> 24, (normal >> S) - ((E0 - 1) << M))
+    code = tl.minimum(code, f.top)
+    if f.signed:
+        code = code | ((u >> (31 - E - M)) & (1 << (E + M)))
+    return tl.where(a > 0x7F800000, f.nan, code)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Counter words c0 ... c3 (uint32), key words k0, k1 (int64 of 32 bits) -> four uint32 words (Salmon et al., SC 2011)."""
+    for i in tl.static_range(10):
+        a, b = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (b >> 32).to(tl.uint32) ^ c1 ^ (k0 + i * 0x9E3779B9).to(tl.uint32), b.to(tl.uint32)
+        c2, c3 = (a >> 32).to(tl.uint32) ^ c3 ^ (k1 + i * 0xBB67AE85).to(tl.uint32), a.to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def pair_of_codes(a, b, e, ra, rb, f: tl.constexpr, ROUNDING: tl.constexpr, N: tl.constexpr, t: tl.constexpr):
+    """fp32 a and b, neighbours along the contraction, and what both are multiplied by -> their codes, a in the lower bits:
+    uint8 of 4-bit codes, else int16. ra, rb: random ints for "stochastic", as `random_pairs` gives them."""
+    a, b = mul_pair(a, b, e, e, t.f32x2)
+    if ROUNDING == "stochastic" and N == 8 and f.name == "e2m1" and t.e2m1:
+        # 2^-14 times a number, its smallest normal is that of fp16, so a code of E2M1 is bits 9 to 11, everywhere: truncate to
+        # fp16, add 2 r (8 bits below bit 9 and one to spare), cut at bit 9, and convert what is a number of E2M1 now.
+        small = tl.full(a.shape, 2.0**-14, tl.float32)
+        a, b = mul_pair(a, b, small, small, t.f32x2)
+        back = tl.where(e == e, 0x74007400, 0x7FFF7FFF)  # two of fp16 2^14, or NaN, which the sum may have lost
+        return tl.inline_asm_elementwise(
+            "{ .reg .b8 c<4>; .reg .b32 h, r; "
+            "cvt.rz.f16x2.f32 h, $5, $1; prmt.b32 r, $9, 0, $13; mad.lo.u32 h, r, 2, h; and.b32 h, h, 0xFE00FE00; "
+            "mul.rn.f16x2 h, h, $17; cvt.rn.satfinite.e2m1x2.f16x2 c0, h; "
+            "cvt.rz.f16x2.f32 h, $6, $2; prmt.b32 r, $10, 0, $14; mad.lo.u32 h, r, 2, h; and.b32 h, h, 0xFE00FE00; "
+            "mul.rn.f16x2 h, h, $18; cvt.rn.satfinite.e2m1x2.f16x2 c1, h; "
+            "cvt.rz.f16x2.f32 h, $7, $3; prmt.b32 r, $11, 0, $15; mad.lo.u32 h, r, 2, h; and.b32 h, h, 0xFE00FE00; "
+            "mul.rn.f16x2 h, h, $19; cvt.rn.satfinite.e2m1x2.f16x2 c2, h; "
+            "cvt.rz.f16x2.f32 h, $8, $4; prmt.b32 r, $12, 0, $16; mad.lo.u32 h, r, 2, h; and.b32 h, h, 0xFE00FE00; "
+            "mul.rn.f16x2 h, h, $20; cvt.rn.satfinite.e2m1x2.f16x2 c3, h; "
+            "mov.b32 $0, {c0, c1, c2, c3}; }",
+            "=r,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r,r,r,r,r", [a, b, ra, rb, back], dtype=tl.uint8, is_pure=True, pack=4
+        )  # fmt: skip
+    elif ROUNDING == "nearest" and f.name == "e2m1" and t.e2m1:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b8 c<4>; cvt.rn.satfinite.e2m1x2.f32 c0, $5, $1; cvt.rn.satfinite.e2m1x2.f32 c1, $6, $2; "
+            "cvt.rn.satfinite.e2m1x2.f32 c2, $7, $3; cvt.rn.satfinite.e2m1x2.f32 c3, $8, $4; mov.b32 $0, {c0, c1, c2, c3}; }",
+            "=r,f,f,f,f,f,f,f,f", [a, b], dtype=tl.uint8, is_pure=True, pack=4)  # fmt: skip
+    elif ROUNDING == "nearest" and f.name == "e4m3" and t.fp8:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 c<2>; cvt.rn.satfinite.e4m3x2.f32 c0, $3, $1; cvt.rn.satfinite.e4m3x2.f32 c1, $4, $2; "
+            "mov.b32 $0, {c0, c1}; }",
+            "=r,f,f,f,f", [a, b], dtype=tl.int16, is_pure=True, pack=2)  # fmt: skip
+    elif ROUNDING == "nearest" and f.name == "e5m2" and t.fp8:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 c<2>; cvt.rn.satfinite.e5m2x2.f32 c0, $3, $1; cvt.rn.satfinite.e5m2x2.f32 c1, $4, $2; "
+            "mov.b32 $0, {c0, c1}; }",
+            "=r,f,f,f,f", [a, b], dtype=tl.int16, is_pure=True, pack=2)  # fmt: skip
+    elif f.bits <= 4:
+        return (encode(a, ra, f, ROUNDING, N) | (encode(b, rb, f, ROUNDING, N) << 4)).to(tl.uint8)
+    else:
+        return (encode(a, ra, f, ROUNDING, N) | (encode(b, rb, f, ROUNDING, N) << 8)).to(tl.int16)
+
+
+@triton.jit
+def larger(a, b):
+    """Words of two BF16 each: the larger magnitudes, of both halves, NaN if there is one. Signs are noise."""
+    return tl.inline_asm_elementwise(
+        "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip

@@ -1,0 +1,121 @@
+"""The quantiser on a GPU: which specs its kernels take, and quantising by them.
+
+`obstacle(spec)` says why the kernels cannot; what they can is bit-equal to encode.py (tests/test_kernels.py), which does the
+rest. An operand that two GEMMs take along different axes, such as x in fprop and wgrad, is read once: `encode_pair`.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quant.choice import Choice
+from quant.encode import check
+from quant.formats import FORMATS, Format
+from quant.qtensor import QTensor, in_memory
+from quant.random import Key, constants
+from quant.rounding import random_bits
+from quant.scaling import threshold
+from quant.spec import QuantSpec
+
+BLOCKS = 16, 32, 64, 128
+
+
+@lru_cache
+def obstacle(spec: QuantSpec | Choice) -> str:
+    """Why the kernels do not quantise by this spec, or ""."""
+    if not isinstance(spec, QuantSpec):
+        return "a choice between specs"
+    element, scale, (rows, n) = spec.element, spec.scale, spec.block
+    if not _float(element) or not element.signed:
+        return f"elements {spec.format}, no float of up to 8 bits with a negative zero"
+    if not ((rows, n) in ((1, -1), (-1, -1)) or (n in BLOCKS and rows in (1, n))):
+        return f"blocks {list(spec.block)}"
+    if spec.hadamard > 32:
+        return f"a Hadamard transform of {spec.hadamard}"
+    bits = random_bits(spec.rounding)
+    if 8 < bits <= 16:
+        return f"{bits} random bits"
+    if scale.statistic != "absmax" or scale.stochastic or scale.macro or scale.outer not in ("none", "tensor"):
+        return f"scales {scale.short()}"
+    if scale.format in ("none", "bf16") or not (scale.format in ("e8m0", "fp32") or _float(FORMATS[scale.format])):
+        return f"scales {scale.short()}"
+    if scale.format == "e8m0" and scale.rule != "gam" and threshold(spec)[0] < 2:
+        return f"a target of {threshold(spec)[0]:g}"
+    return ""
+
+
+def _float(fmt) -> bool:
+    return isinstance(fmt, Format) and fmt.bits <= 8 and fmt.exponent_bits > 0 and fmt.mantissa_bits > 0 and fmt.negative_zero
+
+
+@lru_cache
+def _text(spec: QuantSpec | None) -> str:
+    return "" if spec is None else json.dumps(asdict(spec))
+
+
+DEVICES = {"cuda"}  # where the kernels run; testing/ adds what it stands for one
+
+
+def takes(x: Tensor, *specs: QuantSpec | Choice) -> bool:
+    """Whether the kernels quantise x [R, K] by these; they work on pairs, so both sizes are even."""
+    return x.device.type in DEVICES and not any(size % 2 for size in x.shape) and not any(map(obstacle, specs))
+
+
+def report(specs: Iterable[QuantSpec | Choice], device: torch.device) -> list[str]:
+    """A line for what kernels quantise on this device and with what, and one for each spec that they do not, and why."""
+    if device.type not in DEVICES:
+        return []
+    from kernels import capability, target_at
+
+    one = {each: obstacle(each) for each in dict.fromkeys(specs)}
+    has = [name for name, there in target_at(capability())._asdict().items() if there]
+    what = f"conversions of sm_{capability()} ({', '.join(has)})" if has else "exact arithmetic"
+    lines = [f"kernels: quantise by {sum(not why for why in one.values())} of {len(one)} specs, with {what}"]
+    return lines + [f"kernels: not {each.short()}, for {why}: fused" for each, why in one.items() if why]
+
+
+def encode(
+    x: Tensor, spec: QuantSpec, key: Key | None = None, sign_key: Key | None = None, held: Tensor | None = None
+) -> QTensor:
+    """encode.encode for x [R, K] that `takes` takes. Raises ValueError with the obstacle, if there is one."""
+    from quant.launch import quantize_op  # (needs Triton)
+
+    check(x.shape, spec)
+    if why := obstacle(spec):
+        raise ValueError(f"{spec.short()}: no kernel for {why}")
+    m, transposed = in_memory(x)
+    text, keys = _text(spec), _keys(spec, key, sign_key, held, x.device)
+    out = quantize_op(m, "" if transposed else text, text if transposed else "", keys, keys)
+    return _qtensor(out, spec, x.shape)
+
+
+def encode_pair(
+    x: Tensor, specs: tuple[QuantSpec, QuantSpec], keys: tuple, sign_keys: tuple, helds: tuple
+) -> tuple[QTensor, QTensor]:
+    """x [M, K] by the first spec, and x^T by the second, of one read; the other arguments are those of `encode`, of each.
+    `takes` takes both."""
+    from quant.launch import quantize_op
+
+    for shape, spec in zip((x.shape, x.shape[::-1]), specs, strict=True):
+        check(shape, spec)
+    given = [_keys(*each, x.device) for each in zip(specs, keys, sign_keys, helds, strict=True)]
+    out = quantize_op(x, *map(_text, specs), *given)
+    return _qtensor(out[:3], specs[0], x.shape), _qtensor(out[3:], specs[1], x.shape[::-1])
+
+
+def _keys(spec: QuantSpec, key: Key | None, sign_key: Key | None, held: Tensor | None, device) -> list[Tensor]:
+    if spec.keyed and key is None:
+        raise ValueError(f"{spec.short()} draws random bits: pass key=quant.random.Key(seed, ...)")
+    empty = torch.empty(0, device=device)
+    fresh = sign_key or (key and key.at(use=key.use + 16))
+    words = constants((0,) * 5, torch.int64, device) if key is None else key.words(device)
+    return [words, empty if fresh is None else fresh.words(device), empty if held is None else held.reshape(1)]
+
+
+def _qtensor(out: list[Tensor], spec: QuantSpec, shape) -> QTensor:
+    codes, scale, outer = out
+    return QTensor(codes, scale, outer if outer.ndim == 0 else None, spec, tuple(shape))

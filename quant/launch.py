@@ -1,0 +1,144 @@
+"""The operator that launches the quantiser's kernels, and specs as what these take. It needs Triton; quant/kernel.py, which
+does not, imports it when there is something to launch.
+
+    narrow::quantize(x, rows, cols, ...)    specs as JSON, since an operator takes tensors, numbers and strings only; -> codes,
+                                            scale and outer scale of each side that is not ""
+"""
+
+import json
+import struct
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kernels import capability, target_at
+from kernels.amax import Look, amax
+from kernels.numerics import Float
+from kernels.prepare import prepare
+from kernels.quantize import Given, Scale, Side, quantize
+from quant.formats import FORMATS
+from quant.qtensor import SPECS
+from quant.random import constants
+from quant.rounding import random_bits
+from quant.scaling import Scales, block_scales, scale_codes, threshold
+from quant.spec import QuantSpec
+from quant.transform import signs
+
+
+@lru_cache
+def float_of(name: str) -> Float:
+    f = FORMATS[name]
+    nan = f.max_code if f.nan_code is None else f.nan_code
+    parts = 2.0 ** (24 - (f.emin - f.mantissa_bits))
+    return Float(name, f.bits, f.exponent_bits, f.mantissa_bits, f.emin + 127, f.max_code, nan, f.signed, parts)
+
+
+@lru_cache
+def side_of(spec: QuantSpec) -> Side:
+    """The spec, one without an `obstacle` (quant/kernel.py), as the kernels take it."""
+    scale, target = spec.scale, spec.scale.target or spec.element.max
+    if spec.block[1] == -1:
+        made = Scale("line" if spec.block[0] == 1 else "tensor")
+    elif scale.rule == "gam":
+        made = Scale("gam", target=target)
+    elif scale.format == "e8m0":
+        T, up = threshold(spec)
+        (bits,) = struct.unpack("<i", struct.pack("<f", T))
+        mantissa = bits & 0x7FFFFF
+        made = Scale("e8m0", add=0x7FFFFF - mantissa if up else -mantissa, less=(bits >> 23) - 127, multiplier=scale.multiplier)
+    elif scale.format == "fp32":
+        made = Scale("fp32", target=target)
+    else:
+        made = Scale("float", float_of(scale.format), scale.outer == "none", target, scale.order == "g1")
+    rounding = "stochastic" if spec.stochastic else spec.rounding
+    block, square = max(spec.block[1], 0), spec.block[0] == spec.block[1] > 0
+    return Side(float_of(spec.format), block, square, made, rounding, random_bits(spec.rounding), spec.hadamard)
+
+
+def _sign_bits(spec: QuantSpec, words: Tensor | None, device) -> Tensor:
+    """int32 [1], bit i set where sign i is -1."""
+    s = signs(spec.hadamard or 1, spec.signs, words, device) < 0
+    powers = constants(tuple(1 << i if i < 31 else -(1 << 31) for i in range(s.numel())), torch.int32, s.device)
+    return torch.where(s, powers, 0).sum(dtype=torch.int32).reshape(1)
+
+
+def _given(spec: QuantSpec, found: Tensor | None, keys: list[Tensor], sign: Tensor) -> tuple[Given, Tensor, Tensor]:
+    """-> what the kernel needs; scale codes and outer scale where they are made here, else empty."""
+    side, device = side_of(spec), sign.device
+    words, _, held = keys
+    empty = torch.empty(0, device=device)
+    factor = table = constants((0.0,), torch.float32, device)
+    made = outer = empty
+    if side.scale.kind == "float" or side.scale.kind == "gam":
+        fmt = FORMATS[spec.scale.format]
+        target = 1.0 if side.scale.alone else spec.scale.outer_target or fmt.max
+        amax_ = constants((1.0,), torch.float32, device) if found is None else found
+        table, factor, outer = prepare(amax_, side.scale, target, held if held.numel() else None)
+        outer = empty if side.scale.alone else outer.reshape(())
+    elif side.scale.kind in ("tensor", "line"):
+        a = found.reshape(-1, 1, 1, 1)
+        enc, decoded, whole = Scales(*block_scales(a, spec, 2, held if held.numel() else None))
+        factor, made = enc.reshape(-1), scale_codes(decoded, spec.scale).reshape(-1, 1)
+        made = made.view(torch.uint8) if made.is_floating_point() and made.itemsize == 1 else made
+        outer = empty if whole is None else whole
+    elif spec.scale.multiplier != 1:
+        outer = torch.full((), 1 / spec.scale.multiplier, device=device)
+    return Given(table, factor.contiguous(), words, sign), made, outer
+
+
+def _look(spec: QuantSpec | None) -> Look | None:
+    """What must be known of the whole operand before its blocks."""
+    if spec is None:
+        return None
+    kind = side_of(spec).scale.kind
+    if kind == "line":
+        return Look("line", spec.hadamard)
+    return Look("tensor", spec.hadamard) if kind in ("tensor", "gam") or spec.scale.outer == "tensor" else None
+
+
+@lru_cache
+def _spec(text: str) -> QuantSpec | None:
+    return SPECS.validate_python(json.loads(text)) if text else None
+
+
+@torch.library.custom_op("narrow::quantize", mutates_args=())
+def quantize_op(x: Tensor, rows: str, cols: str, row_keys: list[Tensor], col_keys: list[Tensor]) -> list[Tensor]:
+    """x [M, K] -> codes, scale codes and outer scale (empty where there is none) of each side. keys: words (int64 [5]), those
+    of the signs, an amax held in place of the operand's own; empty where there is none."""
+    x = (x if x.dtype == torch.bfloat16 else x.to(torch.float32)).contiguous()
+    x = x.clone() if x.storage_offset() % 2 else x  # (BF16 is read as words of two)
+    specs, keys, t = (_spec(rows), _spec(cols)), (row_keys, col_keys), target_at(capability())
+    sign = [spec and _sign_bits(spec, k[1] if k[1].numel() else None, x.device) for spec, k in zip(specs, keys, strict=True)]
+    looks = [_look(spec) for spec in specs]
+    same = looks[0] is not None and looks[0] == looks[1] == Look("tensor")  # one amax is that of both
+    found = amax(x, looks[0], sign[0], None if same else looks[1], sign[1], t) if any(looks) else [None, None]
+    given, out = [], []
+    for spec, s, a, k in zip(specs, sign, [found[0], found[0] if same else found[1]], keys, strict=True):
+        given.append(_given(spec, a, k, s) if spec else (None, None, None))
+    sides = [side_of(spec) if spec else None for spec in specs]
+    made = quantize(x, sides[0], given[0][0], sides[1], given[1][0], t)
+    for turned, spec, (_, lines, outer), pair in zip((False, True), specs, given, made, strict=True):
+        if spec is None:
+            continue
+        codes, scale = pair
+        square = turned and side_of(spec).square  # (its scales are those of the rows, and an operator gives no tensor twice)
+        scale = lines if lines.numel() else scale.t().clone(memory_format=torch.contiguous_format) if square else scale
+        out += [codes, scale, outer]
+    return out
+
+
+@quantize_op.register_fake
+def _(x, rows, cols, row_keys, col_keys):
+    out = []
+    for spec, (R, K) in ((_spec(rows), x.shape), (_spec(cols), x.shape[::-1])):
+        if spec is None:
+            continue
+        (b0, b1), scale = spec.blocks_of(R, K), spec.scale
+        outer = scale.outer == "tensor" or scale.multiplier != 1
+        out += [
+            x.new_empty(R, K // 2 if spec.element.bits <= 4 else K, dtype=torch.uint8),
+            x.new_empty(R // b0, K // b1, dtype=torch.float32 if scale.format == "fp32" else torch.uint8),
+            x.new_empty(() if outer else (0,), dtype=torch.float32),
+        ]
+    return out

@@ -1,0 +1,231 @@
+"""python -m testing.check [ARCH ...] [--jobs N] [--renew]: every kernel, on every architecture, without a GPU (make
+kernels-check).
+
+Each variant that a shipped recipe uses (variants.py) is compiled by the host code that would launch it, for sm_80, sm_90a,
+sm_100a, sm_103a and sm_120a; then
+
+    spills        0 bytes
+    shared        within what a block of the chip may have
+    instructions  SASS per element, at most what testing/budgets.json says; --renew writes what is found there
+    PTX           without approximate division, without a fused multiply-add; with the conversions its architecture has
+    bytes         codes and scales of the executed PTX equal those of the reference: of random numbers in whole tiles, and of
+                  ragged matrices of extreme, of subnormal and zero numbers, and of random bits
+
+The table goes to the terminal and to docs/kernels.md. Exit status 1 if anything fails: kernel, architecture, what, and the
+first byte that differs."""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from quant import kernel
+from quant.encode import encode
+from quant.qtensor import QTensor
+from quant.random import Key
+from testing.device import Launch, emulated
+from testing.inspection import SHARED, anatomy
+from testing.variants import Variant, variants
+
+ARCHITECTURES = (80, 90, 100, 103, 120)
+BUDGETS = Path(__file__).with_name("budgets.json")
+PAGE = Path(__file__).parent.parent / "docs/kernels.md"
+MARK = "<!-- what follows is written by `make kernels-check ARGS=--renew` -->"
+FORBIDDEN = r"\b(div\.(full|approx)|rcp\.approx|sqrt\.approx|ex2|lg2|fma\.|mad\.(rn|rz)\.f|mad\.f)"
+KEYS = Key(11, index=3, layer=1, use=0), Key(11, index=3, layer=1, use=4)
+HELD = torch.tensor(3.0)
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    variant: str
+    architecture: int
+    registers: int
+    spilled: int
+    shared: int
+    instructions: float  # an element
+    moved: float  # bytes an element, read and written
+    elements: int  # compared
+    failures: list[str]
+
+
+def numbers(kind: str, rows: int, k: int) -> torch.Tensor:
+    """BF16 [rows, k]."""
+    generator = torch.Generator().manual_seed(rows * k)
+    x = torch.randn(rows, k, generator=generator)
+    if kind == "extreme":
+        x = x * torch.exp2(torch.randint(-120, 120, (rows, k), generator=generator).float())
+        x[0, 0] = 3e38
+    elif kind == "subnormal":
+        x = x * 1e-38
+        x[:, : k // 3] = 0.0
+        x[: rows // 3] = -0.0
+    elif kind == "bits":
+        return torch.randint(-(2**15), 2**15, (rows, k), generator=generator, dtype=torch.int16).view(torch.bfloat16)
+    return x.to(torch.bfloat16)
+
+
+def run(variant: Variant, x: torch.Tensor, capability: int) -> tuple[list[QTensor], list[Launch]]:
+    """What the kernels make of x [M, K], by side."""
+    helds = [HELD if spec and spec.scale.history else None for spec in variant]
+    with emulated(capability) as launches:
+        if all(variant):
+            return list(kernel.encode_pair(x, tuple(variant), KEYS, (None, None), tuple(helds))), launches
+        side = 0 if variant.rows else 1
+        return [kernel.encode(x.t() if side else x, variant[side], KEYS[side], None, helds[side])], launches
+
+
+def wanted(variant: Variant, x: torch.Tensor) -> list[QTensor]:
+    operands = ((x, variant.rows, KEYS[0]), (x.t(), variant.cols, KEYS[1]))
+    return [encode(y, spec, key, None, HELD if spec.scale.history else None) for y, spec, key in operands if spec]
+
+
+def difference(found: QTensor, reference: QTensor) -> str:
+    """The first byte that differs, or ""."""
+    for name in ("packed_codes", "scale_codes", "outer_codes"):
+        a, b = getattr(found, name), getattr(reference, name)
+        if a is None and b is None:
+            continue
+        if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+            return f"{name}: {a if a is None else tuple(a.shape)} and not {b if b is None else tuple(b.shape)}"
+        if a.is_floating_point():
+            a, b = (torch.where(t.isnan(), torch.full_like(t, torch.nan), t).contiguous().view(torch.int32) for t in (a, b))
+        wrong = (a != b).nonzero()
+        if len(wrong):
+            i = tuple(wrong[0].tolist())
+            return f"{name}{list(i)} of {spec_of(found)}: {int(a[i]):#x}, expected {int(b[i]):#x} ({len(wrong)} differ)"
+    return ""
+
+
+def spec_of(q: QTensor) -> str:
+    return q.spec.short()
+
+
+def moved(variant: Variant, rows: int, k: int, made: list[QTensor]) -> float:
+    """Bytes an element: BF16 read once, codes and scales written."""
+    return 2 + sum(q.nbytes() for q in made) / (rows * k)
+
+
+def check(variant: Variant, capability: int, budget: float | None) -> Row:
+    """One variant on one architecture."""
+    failures, elements = [], 0
+    sizes = [spec.multiple for spec in variant if spec]
+    ragged = (384, 128) if any(max(size) > 64 for size in sizes) else (160, 224)
+    x = numbers("normal", 256, 256)
+    made, launches = run(variant, x, capability)
+    launch = launches[-1]
+    found = anatomy(launch.kernel, capability)
+    count = found.count / (launch.constants["BM"] * launch.constants["BK"] / (32 * launch.kernel.metadata.num_warps))
+    if found.spilled:
+        failures.append(f"{found.spilled} bytes spilled")
+    if found.shared > SHARED[capability]:
+        failures.append(f"{found.shared} bytes of shared memory, the chip has {SHARED[capability]}")
+    if budget is not None and count > budget:
+        failures.append(f"{count:.2f} instructions an element, the budget is {budget}")
+    for each in launches:
+        ptx = each.kernel.asm["ptx"]
+        if bad := re.search(FORBIDDEN, ptx):
+            failures.append(f"{each.name} has {bad[0]}")
+        if each.lanes is not None and each.lanes.approx:
+            failures.append(f"{each.name} executed {dict(each.lanes.approx)}")
+    failures += [f"its PTX has no {word}" for word in required(variant, capability) if word not in launch.kernel.asm["ptx"]]
+    for kind, shape in (("normal", None), *((kind, ragged) for kind in ("extreme", "subnormal", "bits"))):
+        if shape:
+            x = numbers(kind, *shape)
+            made, _ = run(variant, x, capability)
+        for q, reference in zip(made, wanted(variant, x), strict=True):
+            elements += x.numel()
+            if words := difference(q, reference):
+                failures.append(f"{kind}: {words}")
+    whole = moved(variant, 256, 256, wanted(variant, numbers("normal", 256, 256)))
+    return Row(variant.short(), capability, found.registers, found.spilled, found.shared, count, whole, elements, failures)
+
+
+def required(variant: Variant, capability: int) -> list[str]:
+    """Instructions without which the architecture would not be used."""
+    words = []
+    for spec in filter(None, variant):
+        if spec.format == "e2m1" and capability >= 100 and spec.rounding == "nearest":
+            words.append("cvt.rn.satfinite.e2m1x2.f32")
+        if spec.format == "e2m1" and capability >= 100 and spec.rounding == "stochastic8":
+            words.append("cvt.rn.satfinite.e2m1x2.f16x2")
+        if spec.format in ("e4m3", "e5m2") and capability >= 90 and spec.rounding == "nearest":
+            words.append(f"cvt.rn.satfinite.{spec.format}x2.f32")
+        if spec.hadamard and capability >= 100:
+            words.append("add.rn.f32x2")
+    return words
+
+
+def work(task: tuple[int, int, float | None]) -> Row:
+    number, capability, budget = task
+    variant = list(variants())[number]
+    with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the PTX that ptxas refuses
+        try:
+            return check(variant, capability, budget)
+        except Exception as error:
+            words = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+            return Row(variant.short(), capability, 0, 0, 0, 0.0, 0.0, 0, [words])
+
+
+def table(rows: list[Row]) -> list[str]:
+    lines = ["| variant | arch | registers | spilled | shared | instructions / element | bytes / element |", "| --- " * 7 + "|"]
+    for r in rows:
+        numbers = f"{r.registers} | {r.spilled} | {r.shared} | {r.instructions:.1f} | {r.moved:.2f}"
+        lines.append(f"| {r.variant.replace('|', chr(92) + '|')} | sm_{r.architecture} | {numbers} |")
+    return lines
+
+
+def main(argv: list[str]) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=raw)
+    parser.add_argument("architectures", nargs="*", type=int, metavar="ARCH", help=f"default: {ARCHITECTURES}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name has it")
+    parser.add_argument("--renew", action="store_true", help="write the budgets and docs/kernels.md")
+    args = parser.parse_args(argv)
+    if unknown := [a for a in args.architectures if a not in ARCHITECTURES]:
+        parser.error(f"architecture {unknown[0]}: expected some of {', '.join(map(str, ARCHITECTURES))}")
+    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
+    tasks = []
+    for i, variant in enumerate(variants()):
+        for a in args.architectures or ARCHITECTURES:
+            if args.only in variant.short():
+                tasks.append((i, a, None if args.renew else budgets.get(variant.short(), {}).get(str(a))))
+    start, rows = time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"], os.environ["OMP_NUM_THREADS"] = cache, "1"
+        with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+            for row in pool.imap(work, tasks):
+                rows.append(row)
+                said = "; ".join(row.failures) or f"{row.instructions:.1f} instructions, {row.elements:,} elements equal"
+                print(f"{row.variant:60} sm_{row.architecture:<4} {said}", flush=True)
+    failed = sum(bool(row.failures) for row in rows)
+    seconds = time.perf_counter() - start
+    print(f"\n{len(rows)} kernels, {sum(row.elements for row in rows):,} elements, {failed} failed, {seconds:.0f} s")
+    if args.renew and not failed:
+        new: dict[str, dict[str, float]] = {}
+        for row in rows:
+            new.setdefault(row.variant, {})[str(row.architecture)] = round(row.instructions * 1.02 + 0.05, 1)
+        BUDGETS.write_text(json.dumps(budgets | new, indent=1) + "\n")
+        head = PAGE.read_text().split(MARK)[0]
+        PAGE.write_text("\n".join([head + MARK, "", *table(rows), ""]))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("\ntesting.check: interrupted", file=sys.stderr)
+        sys.exit(130)
