@@ -4,6 +4,7 @@
     quantize.py    a matrix to codes and scales, along one axis or both in one read
     amax.py        the largest magnitudes of a matrix, before or after a Hadamard transform
     prepare.py     what a tensor's amax makes of its scales
+    matmul.py      the product of two quantised matrices; no GEMM of a Linear takes it yet
 
 Each kernel has one source. Where a GPU has an instruction that gives the same bits as the exact arithmetic, `target_at` says
 so and the kernel uses it; everything is compiled without fusing multiply and add, and divides with div_rn, so that the

@@ -29,12 +29,13 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.matmul import matmul, native
 from quant import kernel
 from quant.encode import encode
 from quant.qtensor import QTensor
 from quant.random import Key
-from testing.device import Launch, emulated
-from testing.inspection import SHARED, anatomy
+from testing.device import Launch, compiled, emulated
+from testing.inspection import SHARED, TENSOR_COLUMNS, anatomy
 from testing.variants import Variant, variants
 
 ARCHITECTURES = (80, 90, 100, 103, 120)
@@ -104,12 +105,8 @@ def difference(found: QTensor, reference: QTensor) -> str:
         wrong = (a != b).nonzero()
         if len(wrong):
             i = tuple(wrong[0].tolist())
-            return f"{name}{list(i)} of {spec_of(found)}: {int(a[i]):#x}, expected {int(b[i]):#x} ({len(wrong)} differ)"
+            return f"{name}{list(i)} of {found.spec.short()}: {int(a[i]):#x}, expected {int(b[i]):#x} ({len(wrong)} differ)"
     return ""
-
-
-def spec_of(q: QTensor) -> str:
-    return q.spec.short()
 
 
 def moved(variant: Variant, rows: int, k: int, made: list[QTensor]) -> float:
@@ -153,6 +150,44 @@ def check(variant: Variant, capability: int, budget: float | None) -> Row:
     return Row(variant.short(), capability, found.registers, found.spilled, found.shared, count, whole, elements, failures)
 
 
+PRODUCTS = {
+    # formats of both operands, format and group of their scales -> what the PTX has, by architecture
+    ("e2m1", "e2m1", "e4m3", 16): {100: ["kind::mxf4nvf4.block_scale.block16"], 120: ["scale_vec::4X", "ue4m3"]},
+    ("e2m1", "e2m1", "e8m0", 32): {100: ["kind::mxf4.block_scale.block32"], 120: ["scale_vec::2X", "ue8m0"]},
+    ("e4m3", "e4m3", "e8m0", 32): {100: ["kind::mxf8f6f4.block_scale.block32"], 120: ["kind::mxf8f6f4", "scale_vec::1X"]},
+    ("e5m2", "e4m3", "e8m0", 32): {100: ["kind::mxf8f6f4.block_scale.block32"], 120: ["e5m2.e4m3", "scale_vec::1X"]},
+    ("e4m3", "e2m1", "e8m0", 32): {100: ["kind::mxf8f6f4.block_scale.block32"]},
+}
+ANYWHERE = {80: "mma.sync.aligned.m16n8k16.row.col.f32.bf16", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+
+
+def check_product(kind: tuple[str, str, str, int], capability: int) -> Row:
+    """A block-scaled product compiles, to the instructions of its architecture. (Numbers: tests/test_matmul.py.)"""
+    a_format, b_format, scale, group = kind
+    M, N, K, name = 256, 256, 512, f"product {a_format} x {b_format}, {scale}/{group}"
+    fast = native(capability, a_format, b_format)
+
+    def operand(rows: int, fmt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.zeros(rows, K // 2 if fmt == "e2m1" else K, dtype=torch.uint8)
+        size = (rows // 128 * K // group // 4, 512) if fast else (rows, K // group)
+        return codes, torch.zeros(size, dtype=torch.uint8)
+
+    with compiled(capability) as launches:
+        matmul(operand(M, a_format), operand(N, b_format), torch.ones(1), kind[:2], scale, group, K, capability)
+    (launch,) = launches
+    found, ptx, failures = anatomy(launch.kernel, capability), launch.kernel.asm["ptx"], []
+    if found.spilled:
+        failures.append(f"{found.spilled} bytes spilled")
+    if found.shared > SHARED[capability] or found.tensor > TENSOR_COLUMNS:
+        failures.append(f"{found.shared} bytes of shared memory and {found.tensor} columns of tensor memory are too much")
+    family = 100 if capability == 103 else capability
+    words = [ANYWHERE[family], *(PRODUCTS[kind].get(family, []) if fast else [])]
+    failures += [f"its PTX has no {word}" for word in words if word not in ptx]
+    product = launch.constants["BM"] * launch.constants["BN"] * launch.constants["BK"]
+    count = found.count * 32 * launch.kernel.metadata.num_warps / product
+    return Row(name, capability, found.registers, found.spilled, found.shared, count, 0.0, 0, failures)
+
+
 def required(variant: Variant, capability: int) -> list[str]:
     """Instructions without which the architecture would not be used."""
     words = []
@@ -168,15 +203,18 @@ def required(variant: Variant, capability: int) -> list[str]:
     return words
 
 
-def work(task: tuple[int, int, float | None]) -> Row:
-    number, capability, budget = task
-    variant = list(variants())[number]
+def work(task: tuple[Variant | tuple, int, float | None]) -> Row:
+    what, capability, budget = task
     with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the PTX that ptxas refuses
         try:
-            return check(variant, capability, budget)
+            return check(what, capability, budget) if isinstance(what, Variant) else check_product(what, capability)
         except Exception as error:
             words = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
-            return Row(variant.short(), capability, 0, 0, 0, 0.0, 0.0, 0, [words])
+            return Row(name_of(what), capability, 0, 0, 0, 0.0, 0.0, 0, [words])
+
+
+def name_of(what: Variant | tuple) -> str:
+    return what.short() if isinstance(what, Variant) else "product " + " ".join(map(str, what))
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -199,28 +237,29 @@ def main(argv: list[str]) -> int:
         parser.error(f"architecture {unknown[0]}: expected some of {', '.join(map(str, ARCHITECTURES))}")
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
     tasks = []
-    for i, variant in enumerate(variants()):
+    for what in [*PRODUCTS, *variants()]:
         for a in args.architectures or ARCHITECTURES:
-            if args.only in variant.short():
-                tasks.append((i, a, None if args.renew else budgets.get(variant.short(), {}).get(str(a))))
+            if args.only in name_of(what):
+                tasks.append((what, a, None if args.renew else budgets.get(name_of(what), {}).get(str(a))))
     start, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"], os.environ["OMP_NUM_THREADS"] = cache, "1"
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
             for row in pool.imap(work, tasks):
                 rows.append(row)
-                said = "; ".join(row.failures) or f"{row.instructions:.1f} instructions, {row.elements:,} elements equal"
+                equal = f"{row.elements:,} elements equal" if row.elements else "compiles"
+                said = "; ".join(row.failures) or f"{row.instructions:.3g} instructions, {equal}"
                 print(f"{row.variant:60} sm_{row.architecture:<4} {said}", flush=True)
     failed = sum(bool(row.failures) for row in rows)
     seconds = time.perf_counter() - start
     print(f"\n{len(rows)} kernels, {sum(row.elements for row in rows):,} elements, {failed} failed, {seconds:.0f} s")
     if args.renew and not failed:
         new: dict[str, dict[str, float]] = {}
-        for row in rows:
+        for row in filter(lambda row: row.elements, rows):
             new.setdefault(row.variant, {})[str(row.architecture)] = round(row.instructions * 1.02 + 0.05, 1)
         BUDGETS.write_text(json.dumps(budgets | new, indent=1) + "\n")
         head = PAGE.read_text().split(MARK)[0]
-        PAGE.write_text("\n".join([head + MARK, "", *table(rows), ""]))
+        PAGE.write_text("\n".join([head + MARK, "", *table([row for row in rows if row.elements]), ""]))
     return 1 if failed else 0
 
 
