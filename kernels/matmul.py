@@ -49,7 +49,7 @@ def load_operand(
     FORMAT: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     APART: tl.constexpr,
 ):  # fmt: skip
-    """Rows r of an operand, plain scales -> BF16 values, (BR, BK), twice; or, APART, the even ones and the odd, (BR, BK / 2)."""
+    """Rows r of an operand, plain scales -> BF16 values, (BR, BK), twice; APART: the even ones and the odd, (BR, BK / 2)."""
     BR: tl.constexpr = r.shape[0]
     b = k0 // GROUP + tl.arange(0, BK // GROUP)[None, :]
     there = (r[:, None] < R) & (b < K // GROUP)

@@ -217,11 +217,26 @@ def name_of(what: Variant | tuple) -> str:
     return what.short() if isinstance(what, Variant) else "product " + " ".join(map(str, what))
 
 
+# Lanes x issues a second / bytes a second: instructions that a chip issues while its memory moves a byte. By data sheets and
+# boost clocks, not measured: 148 SMs at 1.85 GHz and 8 TB/s, 132 at 1.73 and 4.8, 170 at 2.4 and 1.79; 4 x 32 lanes an SM.
+CHIPS = {
+    "B200": (100, 148 * 128 * 1.85e9 / 8e12),
+    "H200": (90, 132 * 128 * 1.73e9 / 4.8e12),
+    "5090": (120, 170 * 128 * 2.4e9 / 1.79e12),
+}
+
+
 def table(rows: list[Row]) -> list[str]:
-    lines = ["| variant | arch | registers | spilled | shared | instructions / element | bytes / element |", "| --- " * 7 + "|"]
-    for r in rows:
-        numbers = f"{r.registers} | {r.spilled} | {r.shared} | {r.instructions:.1f} | {r.moved:.2f}"
-        lines.append(f"| {r.variant.replace('|', chr(92) + '|')} | sm_{r.architecture} | {numbers} |")
+    """A line for each variant: instructions an element (registers) by architecture, and these over what memory allows."""
+    variants = dict.fromkeys(row.variant for row in rows)
+    found = {(row.variant, row.architecture): row for row in rows}
+    heads = ["variant", "bytes", *(f"sm_{a}" for a in ARCHITECTURES), *CHIPS]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for name in variants:
+        cells = [name.replace("|", chr(92) + "|"), f"{found[name, 100].moved:.2f}"]
+        cells += [f"{(r := found[name, a]).instructions:.1f} ({r.registers})" for a in ARCHITECTURES]
+        cells += [f"{(r := found[name, a]).instructions / (r.moved * budget):.2f}" for a, budget in CHIPS.values()]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -235,6 +250,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if unknown := [a for a in args.architectures if a not in ARCHITECTURES]:
         parser.error(f"architecture {unknown[0]}: expected some of {', '.join(map(str, ARCHITECTURES))}")
+    if args.renew and (args.architectures or args.only):
+        parser.error("--renew writes the table of all variants on all architectures: no ARCH and no --only with it")
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
     tasks = []
     for what in [*PRODUCTS, *variants()]:
