@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from kernels import capability as current
+from kernels import target_at
 from kernels.matmul import matmul, native
-from quant import QuantSpec, Scale, quantize
+from kernels.quantize import Given
+from kernels.quantize import quantize as quantize_both
+from quant import QuantSpec, Scale, launch, quantize
 from tests.test_kernels import CUDA, ENGINES, numbers, on
 
 NV = QuantSpec()
@@ -58,3 +61,21 @@ def test_products(specs, engine):
 def test_mixed_formats_are_no_native_product_of_sm_120():
     assert native(100, "e4m3", "e2m1") and not native(120, "e4m3", "e2m1") and native(120, "e5m2", "e4m3")
     assert not any(native(capability, "e2m1", "e2m1") for capability in (0, 80, 89, 90))
+
+
+@pytest.mark.parametrize("engine", ENGINES[:1])
+def test_scales_in_the_order_of_tensor_cores(engine):
+    """As the quantiser writes them along both axes: the plain ones, by the formula; padding is 0."""
+    x = numbers("normal", 160, 224)
+    x = x.cuda() if CUDA else x
+    with on(engine):
+        target = target_at(current())
+        given = Given(
+            *(torch.zeros(5, dtype=dtype, device=x.device) for dtype in (torch.float32,) * 2 + (torch.int64, torch.int32))
+        )
+        side = launch.side_of(MX8)
+        plain = quantize_both(x, side, given, side, given, target)
+        side = side._replace(swizzle=True)
+        found = quantize_both(x, side, given, side, given, target)
+    for (codes, scale), (same, order) in zip(plain, found, strict=True):
+        assert torch.equal(codes, same) and torch.equal(swizzled(scale.cpu()), order.cpu())
