@@ -119,7 +119,7 @@ def check(variant: Variant, capability: int, budget: float | None) -> Row:
     failures, elements = [], 0
     sizes = [spec.multiple for spec in variant if spec]
     ragged = (384, 128) if any(max(size) > 64 for size in sizes) else (160, 224)
-    x = numbers("normal", 256, 256)
+    x = numbers("normal", 128, 256)
     made, launches = run(variant, x, capability)
     launch = launches[-1]
     found = anatomy(launch.kernel, capability)
@@ -146,7 +146,7 @@ def check(variant: Variant, capability: int, budget: float | None) -> Row:
             elements += x.numel()
             if words := difference(q, reference):
                 failures.append(f"{kind}: {words}")
-    whole = moved(variant, 256, 256, wanted(variant, numbers("normal", 256, 256)))
+    whole = moved(variant, 128, 256, wanted(variant, numbers("normal", 128, 256)))
     return Row(variant.short(), capability, found.registers, found.spilled, found.shared, count, whole, elements, failures)
 
 
