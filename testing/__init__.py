@@ -1,13 +1,20 @@
-"""Kernels tested without a GPU: what stands for one, and what looks at what Triton compiles.
+"""Kernels tested without a GPU: what stands for one, and what looks at what Triton compiles. Nothing that trains imports it.
 
-numbers.py        floats of 4 to 32 bits in numpy, exact
-ptx.py            PTX text -> a program
-lanes.py          registers, memory and control flow, one numpy element a lane of the whole grid
-instructions.py   what each instruction does
-machine.py        run_kernel(ptx, grid, arrays), and one inline assembly
-device.py         a driver of a GPU that is not there: launches are compiled for an architecture, and executed
-interpreter.py    repairs of Triton's interpreter
-inspection.py     registers, spills, memory, instructions of a compiled kernel
-variants.py       the operands of the shipped recipes
-check.py          make kernels-check
+The emulator of PTX, of numpy and the standard library; each imports only what is above it:
+
+    numbers.py        formats and rounding, exact
+    ptx.py            text -> a program; opcode.py, the words of an opcode, and what one becomes
+    memory.py         addresses and their checks
+    arithmetic.py, logic.py, conversions.py, accesses.py, warps.py, tensorcores.py      what each instruction does
+    instructions.py   all of them by name
+    lanes.py          registers, and which lanes run when, one numpy element a lane of the whole grid
+    machine.py        run_kernel(ptx, grid, arrays), and one inline assembly
+
+What uses it:
+
+    device.py         a driver of a GPU that is not there: launches are compiled for an architecture, and executed
+    interpreter.py    repairs of Triton's interpreter
+    inspection.py     registers, spills, memory, instructions of a compiled kernel
+    variants.py       the operands of the shipped recipes
+    check.py          make kernels-check
 """

@@ -1,141 +1,259 @@
-"""PTX text -> a Program: instructions with their operands, labels, widths of registers, sizes of shared variables.
+"""PTX text -> programs: instructions with parsed operands, the widths of registers, shared memory.
 
-Registers that braces declare belong to these braces: inline assembly declares the same names again and again, so each is
-renamed to one of its own. Left out: functions other than one entry, initialised data, debug information."""
+    parse_kernel(text)               the one .entry of a module, with its parameters
+    parse_assembly(text, widths)     a string of inline assembly, whose $0, $1, ... are registers
 
+Registers declared within braces belong to them: they are renamed to name@depth.width, so that scopes which follow each other
+share storage. What is left out raises NotImplementedError: local memory, several entries, arrays as parameters, %p|%q with
+blanks. Whether an instruction exists is not decided here (instructions.py). Grammar: PTX ISA 9, Syntax.
+"""
+
+import functools
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
-SKIPPED = re.compile(r"\.(loc|file|pragma|maxntid|reqntid|minnctapersm|maxnreg|section|target|version|address_size)\b[^\n]*")
-LABEL = re.compile(r"([$\w]+):(?!:)")
-SPACE = re.compile(r"[\s;]+")
+
+class Register(NamedTuple):
+    """A register, a special register (%tid.x), or the name of a shared array, which stands for its address."""
+
+    name: str
 
 
-class Instruction(NamedTuple):
-    """Operands are tuples, by kind: ("r", register) ("i", bits, width or 0) ("v", parts) ("a", base, offset) ("n", negated)
-    ("p2", two destinations) ("_",)."""
+class Immediate(NamedTuple):
+    """An integer, or the bits of a float (0f..., 0d...), whose width is then 32 or 64 and not 0."""
 
-    predicate: str | None
-    negated: bool
-    op: list[str]  # the name and its modifiers
-    operands: list[tuple]
+    bits: int
+    width: int = 0
+
+
+class Vector(NamedTuple):
+    """{a, b, ...}, the first one in the lowest bits."""
+
+    parts: tuple
+
+
+class Address(NamedTuple):
+    """[base + offset]; `base` is a Register or an Immediate."""
+
+    base: "Operand"
+    offset: int
+
+
+class Pair(NamedTuple):
+    """a|b, two destinations."""
+
+    parts: tuple
+
+
+class Not(NamedTuple):
+    """!p"""
+
+    register: "Operand"
+
+
+class Unknown(NamedTuple):
+    """What only instructions that are refused have."""
+
     text: str
 
 
-class Entry(NamedTuple):
-    parameters: list[str]
-    body: str
-    shared: dict[str, int]  # bytes of variables outside of the entry
+SINK = Unknown("_")
+Operand = Register | Immediate | Vector | Address | Pair | Not | Unknown
+
+
+class Instruction(NamedTuple):
+    predicate: str | None
+    negated: bool
+    opcode: str
+    operands: tuple[Operand, ...]
+    text: str
+
+
+class Program(NamedTuple):
+    instructions: list[Instruction]  # the operand of a branch is the index of its target
+    widths: dict[str, int]  # register -> bits, 1 for a predicate
+    shared: dict[str, tuple[int, int]]  # array -> bytes (0: what the launch gives), alignment
+
+
+class Kernel(NamedTuple):
+    name: str
+    parameters: list[tuple[str, str]]  # type and name, such as ("u64", "kernel_param_0")
+    program: Program
     threads: int | None  # .reqntid
 
 
-class Program:
-    """registers: widths of those that are there beforehand."""
-
-    def __init__(self, body: str, registers: dict[str, int] | None = None):
-        self.instructions: list[Instruction] = []
-        self.labels: dict[str, int] = {}
-        self.widths: dict[str, int] = dict(registers or {})
-        self.shared: dict[str, int] = {}
-        self._parse(body)
-
-    def _parse(self, body: str) -> None:
-        scopes: list[dict[str, str]] = [{}]
-        opened = at = 0
-
-        def renamed(name: str) -> str:
-            return next((scope[name] for scope in reversed(scopes) if name in scope), name)
-
-        while at < len(body):
-            if found := SPACE.match(body, at) or SKIPPED.match(body, at):
-                at = found.end()
-            elif body[at] == "{":
-                scopes.append({})
-                opened, at = opened + 1, at + 1
-            elif body[at] == "}":
-                scopes.pop()
-                at += 1
-            elif found := LABEL.match(body, at):
-                self.labels[found[1]] = len(self.instructions)
-                at = found.end()
-            else:
-                end = body.index(";", at)
-                statement, at = body[at:end].strip(), end + 1
-                if statement.startswith(".reg"):
-                    self._declare(statement, scopes, opened)
-                elif found := re.match(r"\.(?:shared|extern).*\.align\s+\d+\s+\.b8\s+(\w+)\[(\d*)\]", statement, re.S):
-                    self.shared[found[1]] = int(found[2] or 0)
-                elif not statement.startswith("."):
-                    self.instructions.append(instruction(statement, renamed))
-
-    def _declare(self, statement: str, scopes: list[dict[str, str]], opened: int) -> None:
-        kind, names = re.match(r"\.reg\s*(?:\.v\d\s*)?\.(\w+)\s+(.*)", statement, re.S).groups()
-        for name in map(str.strip, names.split(",")):
-            many = re.match(r"(.*)<(\d+)>", name)
-            for one in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name]:
-                own = one if len(scopes) == 1 else f"{one}@{opened}"
-                scopes[-1][one] = own
-                self.widths[own] = 1 if kind == "pred" else int(re.sub(r"\D", "", kind))
+COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.S)
+# Directives about debugging, or about limits that do not change what is computed.
+LINE = r"\.(?:loc|file|pragma|maxntid|minnctapersm|maxnreg|section|target|version|address_size)\b[^\n;]*"
+STATEMENT = re.compile(rf"\s*(?:([{{}};])|([$\w]+):(?!:)|({LINE})|([^;]*);)")
+INSTRUCTION = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([\w.:]+)\s*(.*)", re.S)
+TOKEN = r"\{[^}]*\}|\[[^\]]*\]|\([^)]*\)|[^\s,{}\[\]()]+"
+TOKENS = re.compile(TOKEN)
+OPERANDS = re.compile(rf"(?:(?:{TOKEN})(?:\s*,\s*(?:{TOKEN}))*)?\s*")
+REGISTERS = re.compile(r"\.reg\s*(?:\.v\d\s*)?\.(\w+)\s+(.*)", re.S)
+SHARED = re.compile(r"\.(?:extern\s+\.)?shared\s*(?:\.align\s+(\d+)\s+)?\.[busf](\d+)\s+([\w$]+)\s*(?:\[(\d*)\])?")
+INTEGER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?")
+ADDRESS = re.compile(r"\[\s*([%$\w.@]+)\s*(?:\+?\s*(-?\s*\w+))?\s*\]")
 
 
-def without_comments(text: str) -> str:
-    return re.sub(r"//[^\n]*", "", re.sub(r"/\*.*?\*/", "", text, flags=re.S))
+class _Parser:
+    """One body, top to bottom."""
 
+    def __init__(self, widths: dict[str, int]):
+        self.program = Program([], dict(widths), {})
+        self.scopes: list[dict] = [{}]  # name -> renamed; ":" and a label -> where it is
+        self.branches: list[tuple[int, list[dict]]] = []
+        self.known: dict[str, Operand] = {}  # operands of the outermost scope, by their text
 
-def instruction(statement: str, renamed: Callable[[str], str]) -> Instruction:
-    guard = re.match(r"@(!?)([%\w$]+)\s+(.*)", statement, re.S)
-    negated, predicate, rest = (bool(guard[1]), renamed(guard[2]), guard[3]) if guard else (False, None, statement)
-    name, operands = re.match(r"([\w.:]+)\s*(.*)", rest, re.S).groups()
-    return Instruction(predicate, negated, name.split("."), [operand(part, renamed) for part in parts(operands)], statement)
+    def parse(self, text: str) -> Program:
+        position = 0
+        text = text.rstrip()
+        while position < len(text):
+            found = STATEMENT.match(text, position)
+            if not found:
+                raise NotImplementedError(f"PTX that does not end: {text[position:].strip()[:80]}")
+            position = found.end()
+            mark, label, line, statement = found.groups()
+            if statement:
+                self.statement(statement.strip())
+            elif mark == "{":
+                self.scopes.append({})
+            elif mark == "}":
+                self.scopes.pop()
+            elif label:
+                if ":" + label in self.scopes[-1]:
+                    raise NotImplementedError(f"label {label} twice")
+                self.scopes[-1][":" + label] = len(self.program.instructions)
+        for index, scopes in self.branches:
+            branch = self.program.instructions[index]
+            label = ":" + getattr(branch.operands[0], "name", "")
+            target = next((scope[label] for scope in reversed(scopes) if label in scope), None)
+            if target is None:
+                raise NotImplementedError(branch.text)
+            self.program.instructions[index] = branch._replace(operands=(Immediate(target),))
+        return self.program
 
-
-def parts(operands: str) -> list[str]:
-    """What commas part outside of brackets."""
-    found, depth = [""], 0
-    for letter in operands:
-        depth += (letter in "{[(") - (letter in "}])")
-        if letter == "," and depth == 0:
-            found.append("")
+    def statement(self, text: str) -> None:
+        if not text.startswith("."):
+            self.program.instructions.append(self.instruction(text))
+        elif found := REGISTERS.fullmatch(text):
+            self.registers(1 if found[1] == "pred" else int(re.sub(r"\D", "", found[1])), found[2])
+        elif found := SHARED.fullmatch(text):
+            self.program.shared.update(_shared(found))
         else:
-            found[-1] += letter
-    return [part.strip() for part in found if part.strip()]
+            raise NotImplementedError(text)
+
+    def registers(self, width: int, names: str) -> None:
+        depth = len(self.scopes) - 1
+        for name in map(str.strip, names.split(",")):
+            several = re.fullmatch(r"(.*)<(\d+)>", name)
+            for each in [f"{several[1]}{i}" for i in range(int(several[2]))] if several else [name]:
+                full = f"{each}@{depth}.{width}" if depth else each
+                self.scopes[-1][each] = full
+                self.program.widths[full] = width
+
+    def named(self, name: str) -> str:
+        for scope in reversed(self.scopes):
+            if name in scope:
+                return scope[name]
+        return name
+
+    def instruction(self, text: str) -> Instruction:
+        found = INSTRUCTION.fullmatch(text)
+        if not found or not OPERANDS.fullmatch(found[4]):
+            raise NotImplementedError(text)
+        negation, predicate, opcode, operands = found.groups()
+        parsed = tuple([self.operand(token) for token in TOKENS.findall(operands)])
+        if opcode == "bra" or opcode == "bra.uni":
+            self.branches.append((len(self.program.instructions), list(self.scopes)))
+        return Instruction(predicate and self.named(predicate), bool(negation), opcode, parsed, text)
+
+    def operand(self, text: str) -> Operand:
+        if len(self.scopes) > 1:
+            return self.parsed(text)
+        operand = self.known.get(text)
+        if operand is None:
+            operand = self.known[text] = self.parsed(text)
+        return operand
+
+    def parsed(self, text: str) -> Operand:
+        first = text[0]
+        if first == "{":
+            return Vector(tuple([self.operand(part) for part in TOKENS.findall(text[1:-1])]))
+        if first == "[":
+            found = ADDRESS.fullmatch(text)
+            if not found:
+                return Unknown(text)
+            return Address(self.operand(found[1]), int((found[2] or "0").replace(" ", ""), 0))
+        if text == "_":
+            return SINK
+        if first == "(":
+            return Unknown(text)
+        if first == "!":
+            return Not(self.operand(text[1:]))
+        if "|" in text:
+            return Pair(tuple([self.operand(part) for part in text.split("|")]))
+        if first.isdigit() or first == "-":
+            return _immediate(text)
+        return Register(self.named(text))
 
 
-def operand(text: str, renamed: Callable[[str], str]) -> tuple:
-    if text.startswith("{"):
-        return "v", [operand(part.strip(), renamed) for part in text[1:-1].split(",")]
-    if text.startswith("["):
-        address = re.match(r"([%$\w.]+)\s*(?:\+\s*(-?\w+))?$", text[1:-1].strip())
-        if not address:
-            return "a", ("raw", text), 0
-        return "a", operand(address[1], renamed), int(address[2] or "0", 0)
-    if "|" in text:
-        return "p2", [operand(part.strip(), renamed) for part in text.split("|")]
-    if text == "_":
-        return ("_",)
-    if text.startswith("!"):
-        return "n", operand(text[1:], renamed)
+def _immediate(text: str) -> Operand:
+    if INTEGER.fullmatch(text):
+        return Immediate(int(text.removesuffix("U"), 0))
     if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
-        return "i", int(text[2:], 16), 32
+        return Immediate(int(text[2:], 16), 32)
     if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
-        return "i", int(text[2:], 16), 64
-    if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
-        return "i", int(text.rstrip("U"), 0), 0
-    return "r", renamed(text)
+        return Immediate(int(text[2:], 16), 64)
+    return Unknown(text)
 
 
-def entry(ptx: str) -> Entry:
-    """The one entry of a module."""
-    text = without_comments(ptx)
-    head = re.search(r"\.entry\s+\w+\s*\((.*?)\)(.*?)\{", text, re.S)
-    names = re.findall(
-        r"\.param\s+\.\w+(?:\s+\.ptr[^,\n]*?)?\s+(?:\.align\s+\d+\s+)?(\w+?)(?:\[\d+\])?\s*(?:,|$)", head[1].replace("\n", " ")
-    )
-    depth, end = 1, head.end()
-    while depth:
-        depth += (text[end] == "{") - (text[end] == "}")
-        end += 1
-    outside = re.findall(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d*)\]", text[: head.start()])
-    threads = re.search(r"\.reqntid\s+(\d+)", head[2])
-    return Entry(names, text[head.end() : end - 1], {n: int(s or 0) for n, s in outside}, int(threads[1]) if threads else None)
+def _shared(found: re.Match) -> dict[str, tuple[int, int]]:
+    alignment, width, name, count = found.groups()
+    size = int(width) // 8
+    return {name: (size * int(count or 0) if count is not None else size, int(alignment or size))}
+
+
+def _parameters(text: str) -> list[tuple[str, str]]:
+    found = []
+    for each in filter(str.strip, text.split(",")):
+        parameter = re.fullmatch(r"\s*\.param\s+\.(\w+)(?:\s+\.ptr(?:\s+\.\w+)?(?:\s+\.align\s+\d+)?)?\s+([\w$]+)\s*", each)
+        if not parameter:
+            raise NotImplementedError(f"parameter {each.strip()}")
+        found.append((parameter[1], parameter[2]))
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def parse_kernel(text: str) -> Kernel:
+    """The kernel of a module; it is shared by all who ask for the same text: leave it as it is.
+
+    Raises ValueError unless there is exactly one .entry, NotImplementedError for what the module docstring leaves out.
+    """
+    text = COMMENT.sub("", text)
+    entries = list(re.finditer(r"\.entry\s+([\w$]+)\s*(?:\((.*?)\))?([^{(]*)\{", text, re.S))
+    if len(entries) != 1:
+        raise ValueError(f"{len(entries)} entries in this PTX, expected 1")
+    entry = entries[0]
+    depth = 1
+    for brace in re.compile(r"[{}]").finditer(text, entry.end()):
+        depth += 1 if brace[0] == "{" else -1
+        if not depth:
+            break
+    program = _Parser({}).parse(text[entry.end() : brace.start()])
+    for found in SHARED.finditer(text, 0, entry.start()):
+        program.shared.update(_shared(found))
+    threads = re.search(r"\.reqntid\s+(\d+)((?:\s*,\s*\d+)*)", entry[3])
+    if threads and re.search(r"[02-9]|1\d", threads[2]):
+        raise NotImplementedError(threads[0])
+    return Kernel(entry[1], _parameters(entry[2] or ""), program, int(threads[1]) if threads else None)
+
+
+@functools.lru_cache(maxsize=256)
+def parse_assembly(text: str, widths: tuple[int, ...]) -> Program:
+    """Inline assembly in which $0, $1, ... are registers of those widths, called %op0, %op1, ...; $$ is a dollar sign.
+
+    Raises NotImplementedError for what the module docstring leaves out."""
+    text = re.sub(r"\$(\$|\d+)", lambda found: "$" if found[1] == "$" else f"%op{found[1]}", COMMENT.sub("", text)).rstrip()
+    names = {f"%op{i}": width for i, width in enumerate(widths)}
+    return _Parser(names).parse(text if text.endswith((";", "}")) else text + ";")
