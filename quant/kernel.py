@@ -74,9 +74,8 @@ def report(specs: Iterable[QuantSpec | Choice], device: torch.device) -> list[st
     one = {each: obstacle(each) for each in dict.fromkeys(specs)}
     has = [name for name, there in target_at(capability())._asdict().items() if there]
     what = f"conversions of sm_{capability()} ({', '.join(has)})" if has else "exact arithmetic"
-    lines = [
-        f"kernels: quantise by {sum(not why for why in one.values())} of {len(one)} specs, with {what}; operands of an odd size are fused"
-    ]
+    count = sum(not why for why in one.values())
+    lines = [f"kernels: quantise by {count} of {len(one)} specs, with {what}; operands of an odd size are fused"]
     return lines + [f"kernels: not {each.short()}, for {why}: fused" for each, why in one.items() if why]
 
 
