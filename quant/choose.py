@@ -108,6 +108,7 @@ class Operands:
         self.unit = (k, r) if self.transposed else (r, k)
         self.made: dict[QuantSpec, tuple[Tensor, Tensor | None]] = {}
         self.known: dict[tuple[str, QuantSpec | None], tuple[Tensor, Tensor]] = {}
+        self.probed: Probed | None = None
 
     def blocks(self, m: Tensor) -> Tensor:
         p, q = self.unit
@@ -145,7 +146,8 @@ class Operands:
 
     def _parts(self, by: str, spec: QuantSpec | None) -> tuple[Tensor, Tensor]:
         if by == "backward_error":
-            found = backward_error(self.x, *self.logical_values(spec)).view(1, 1)
+            self.probed = self.probed or probed(self.x)
+            found = backward_error(self.probed, *self.logical_values(spec)).view(1, 1)
             return found, torch.ones_like(found)
         y = self.blocks(self.m)
         return run(_range, y) if spec is None else run(_sums, y, self.blocks(self.values(spec)[0]), self.factor(spec), by=by)
@@ -169,20 +171,38 @@ def _quotient(a: Tensor, b: Tensor | float) -> Tensor:
 
 
 @cache
-def _probes(k: int, device: torch.device) -> Tensor:
-    """fp64 [K, PROBES], standard normal, the same in every call."""
-    return torch.randn(k, PROBES, dtype=torch.float64, generator=torch.Generator().manual_seed(k)).to(device)
+def _probes(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """p fp64 [K, PROBES], standard normal, the same in every call, and |p|."""
+    p = torch.randn(k, PROBES, dtype=torch.float64, generator=torch.Generator().manual_seed(k)).to(device)
+    return p, p.abs()
 
 
-def backward_error(x: Tensor, values: Tensor, factor: Tensor | None = None, other: Tensor | None = None) -> Tensor:
-    """fp64 [], the 99th percentile over 64 rows of x [R, K] and the columns of `other` [K, N] (default: 64 probes)."""
+def _sampled(x: Tensor) -> Tensor:
+    """fp64 [R, K] or [ROWS, K], evenly spread."""
     rows = torch.arange(ROWS, device=x.device) * x.shape[0] // ROWS if x.shape[0] > ROWS else slice(None)
-    other = _probes(x.shape[1], x.device) if other is None else other.double()
-    y, v = x[rows].double(), values[rows].double()
+    return x[rows].double()
+
+
+class Probed(NamedTuple):
+    """What backward errors of an operand have in common: its sample y, and |y| |p|."""
+
+    y: Tensor
+    size: Tensor
+
+
+def probed(x: Tensor) -> Probed:
+    """x [R, K]"""
+    y = _sampled(x)
+    return Probed(y, y.abs() @ _probes(x.shape[1], x.device)[1])
+
+
+def backward_error(of: Probed, values: Tensor, factor: Tensor | None = None) -> Tensor:
+    """fp64 [], the 99th percentile over the rows of the sample and 64 probes."""
+    v = _sampled(values)
     if factor is not None:
-        v = v * (factor[rows] if factor.ndim else factor).double()
-    errors = _quotient(((v - y) @ other).abs(), y.abs() @ other.abs()).flatten()
-    return errors.sort().values[(errors.numel() * 99) // 100]
+        v = v * (_sampled(factor) if factor.ndim else factor.double())
+    errors = _quotient(((v - of.y) @ _probes(v.shape[1], v.device)[0]).abs(), of.size).flatten()
+    return errors.topk(errors.numel() - (errors.numel() * 99) // 100).values[-1]
 
 
 def unrotated(spec: QuantSpec) -> QuantSpec:
