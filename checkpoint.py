@@ -31,7 +31,8 @@ from configs import Config, load
 from data import Tokenizer
 from model import GPT
 from quant import WeightStore, assign, assign_sites, attach
-from quant.linear import Context, linears
+from quant.context import Context
+from quant.linear import linears
 from quant.mixed import from_state
 
 VERSION = 1

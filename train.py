@@ -33,8 +33,9 @@ from configs import Config, dump, load
 from data import Corpus, prepare
 from model import GPT, flops_per_token, measure
 from quant import WeightStore, assign, assign_sites, attach, decisions, fuse, kernel
-from quant.gemm import pick_mode
-from quant.linear import Context
+from quant.context import Context
+from quant.gemm import BACKENDS, backend_of, pick_mode
+from quant.linear import GEMMS, linears
 from quant.metrics import STATS
 from quant.policy import switches, table, unquantized
 from run import Run
@@ -46,6 +47,9 @@ def keep_freed_memory() -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(-4, 0)  # M_MMAP_MAX: no piece is mapped alone
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Stop(Exception):
@@ -85,19 +89,35 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
+def announce(config: Config, device: torch.device) -> None:
+    """Print what multiplies the GEMMs of every recipe of the run. Raises ValueError if train.gemm names what cannot."""
+    t = config.train
+    with torch.device("meta"):
+        model = GPT(config.model)
+    attach(model, Context(backend=t.gemm if t.gemm in BACKENDS else "emulate"))
+    for share in [0.0, *switches(config.policy)]:
+        assign(model, config.recipes, config.policy, share)
+        for module in linears(model).values():
+            for name in GEMMS:
+                module.backend(name, t.batch_size * config.model.seq_len, DTYPES[t.dtype], device)
+
+
 class Trainer:
     def __init__(self, config: Config, run: Run, corpus: Corpus):
         t = config.train
         self.config, self.run, self.corpus = config, run, corpus
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.mode, mode_line = pick_mode(t.gemm, self.device)
-        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[t.dtype]
+        self.dtype = DTYPES[t.dtype]
         print(fuse(t.compile == "quantiser"))
         specs = (spec for recipe in config.recipes.values() for spec in recipe.operands().values() if spec)
         print(*kernel.report(specs, self.device), mode_line, sep="\n")
+        announce(config, self.device)
+        backend = backend_of(t.gemm, self.device)
+        self.how = f"emulate {self.mode}" if backend == "emulate" else backend
         model = GPT(config.model, self.dtype, t.recompute).initialise(t.seed).to(self.device)
         self.model, self.optimizer = model, make_optimizer(model, config)
-        self.context = Context(t.seed, self.mode, self.device)
+        self.context = Context(t.seed, self.mode, self.device, backend)
         self.context.decisions = {}
         attach(model, self.context)
         assign_sites(model, config.sites)
@@ -396,7 +416,7 @@ def start(config: Config, run: Run) -> None:
         "versions": {m: sys.modules[m].__version__ for m in ("torch", "numpy", "pydantic", "safetensors")},
         "device": f"{trainer.device} ({platform.processor() or platform.machine()})",
         "threads": torch.get_num_threads(),
-        "backend": {name: f"emulate {trainer.mode}: {recipe}" for name, recipe in trainer.policy.items()},
+        "backend": {name: f"{trainer.how}: {recipe}" for name, recipe in trainer.policy.items()},
     }
     run.open(step, facts)
     count = sum(p.numel() for p in trainer.model.parameters())

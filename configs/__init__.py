@@ -33,8 +33,9 @@ from data import DataConfig
 from model import GPT, ModelConfig
 from quant import Recipe, Rule, Sites, Weights, WeightStore, attach
 from quant.choice import KINDS, Spec
+from quant.context import Context
 from quant.encode import check as check_blocks
-from quant.linear import Context, linears
+from quant.linear import linears
 from quant.policy import assign, switches
 from quant.recipe import OPERANDS
 
@@ -77,7 +78,8 @@ class TrainConfig:
     weight_decay: float = Field(0.1, ge=0)  # matrices only
     clip: float = Field(1.0, gt=0)  # global gradient norm
     dtype: Literal["bf16", "fp32"] = "bf16"  # compute dtype: activations, and weights where they are not quantised
-    gemm: Literal["auto", "bf16", "fp32"] = "auto"  # emulated GEMMs, see quant/gemm.py
+    gemm: Literal["auto", "emulate", "scaled_mm", "triton", "bf16", "fp32", "te16", "rz64", "rz64_rne", "exact"] = "auto"
+    # (the backend of quantised GEMMs, or the mode of emulated ones, quant/gemm.py)
     compile: Literal["quantiser", "model", "off"] = "quantiser"  # "model" also changes how its sums are ordered
     recompute: bool = False  # activation checkpointing, block by block
     log_every: int = Field(10, ge=1)

@@ -2,16 +2,17 @@
 
 Modules import in one direction:
 fuse < rounding, random < codebooks < formats < spec < choice < recipe, scaling, transform < qtensor < encode, mixed < choose,
-metrics < quantize, memory < gemm < linear < decisions, site, update < policy.
+metrics < kernel < quantize, memory, native < gemm < context < linear < decisions, site, update < policy.
 """
 
 import warnings
 
 from quant.choice import Bound, Choice, Memory
+from quant.context import Context
 from quant.formats import FORMATS
 from quant.fuse import fuse
 from quant.gemm import gemm
-from quant.linear import Context, Linear
+from quant.linear import Linear
 from quant.policy import assign, assign_sites
 from quant.qtensor import QTensor
 from quant.quantize import quantize

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from quant.choice import Choice, Spec
-from quant.linear import Context, linears
+from quant.context import Context
+from quant.linear import linears
 from quant.recipe import OPERANDS
 from quant.spec import QuantSpec
 

@@ -335,8 +335,15 @@ def decode(q: QTensor) -> tuple[Tensor, Tensor | None]:
     return logical(values.flatten(2, 3).flatten(0, 1), transposed), _factor(decoded, outer, q.spec, rows)
 
 
+def factor_of(q: QTensor) -> Tensor | None:
+    """What leaves the sum of a GEMM of its codes and scales: fp32 [], or [R, 1], or None if nothing does."""
+    scale, outer = q.scale_codes, q.outer_codes
+    decoded = decode_scale(scale, q.spec) if q.spec.leaves else None
+    return _factor(decoded, outer, q.spec, q.rows_and_k[0])
+
+
 def _factor(decoded: Tensor | None, outer: Tensor | None, spec: QuantSpec | Choice, rows: int) -> Tensor | None:
-    """What leaves the sum of a GEMM: fp32 [], or [R, 1], or None if nothing does."""
+    """`factor_of`, of what has been decoded."""
     parts = [decoded] * spec.leaves + [outer] * (outer is not None and not spec.scale.group)
     if not parts:
         return None

@@ -32,66 +32,22 @@ from torch.nn.functional import linear
 from quant import kernel
 from quant.choice import Choice, Spec
 from quant.choose import choose
+from quant.context import Context, Decision
 from quant.encode import check, decode, rotated, transform, unclipped
-from quant.gemm import Operand, gemm
+from quant.gemm import Operand, gemm, pick
 from quant.memory import WHOSE, Copies, checksum, decision, empty, gathered, settled
 from quant.metrics import operand_stats
 from quant.mixed import Mixed
 from quant.qtensor import QTensor
 from quant.quantize import decoded_values, quantize, quantized_values
 from quant.random import Key
-from quant.recipe import OPERANDS, SIGNS, Recipe
+from quant.recipe import OPERANDS, Recipe
 from quant.scaling import stated_sum
 from quant.spec import QuantSpec
 from quant.transform import signs
 
 PLAIN = Recipe()
-
-
-class Decision(NamedTuple):
-    """What a ladder decided of an operand: the candidate (choose.Chosen), the relative error of the first one where it was
-    measured, and of how many elements."""
-
-    spec: Choice
-    index: Tensor | int
-    error: Tensor | None
-    elements: int
-
-
-class Context:
-    """What all Linears of a model share during a run: where in the run we are, and the GEMM mode.
-
-    The counters also live in int64 tensors, so that advancing them recompiles nothing and waits for nothing.
-    `stats`: None, or a dict that collects `operand_stats` of every operand under "module/gemm.operand".
-    `decisions`: None, or what ladders decided (decisions.py): under "module/gemm.operand" a `Decision` of each micro-batch, of
-    each step for a weight; and under "module/gemm", of each micro-batch, spec and index of both operands of a GEMM.
-    `tap`: None, or what is called after every GEMM with the Linear, "fprop", "dgrad" or "wgrad", both operands (`Linear.plain`)
-    and y, dx or dw; also of Linears without a recipe, whose backward is then that of this file and not autograd's.
-    """
-
-    def __init__(self, seed: int = 0, gemm: str = "bf16", device: str | torch.device = "cpu"):
-        self.seed, self.gemm = seed, gemm
-        self.step = self.micro_batch = 0
-        self.counters = torch.zeros(2, dtype=torch.int64, device=device)  # global micro-batch, step
-        self.stats: dict[str, Tensor] | None = None
-        self.decisions: dict[str, dict[tuple[int, int], tuple]] | None = None
-        self.last: dict[str, Decision] = {}  # of `decisions` that have been read, for what comes after them
-        self.tap: Callable[[Linear, str, Operand, Operand, Tensor], None] | None = None
-
-    def at(self, step: int, micro_batch: int) -> None:
-        """Move to a place in the run; both counts are global, from 0."""
-        self.step, self.micro_batch = step, micro_batch
-        self.counters[0] = micro_batch
-        self.counters[1] = step
-
-    def key(self, operand: str, layer: int) -> Key:
-        """Randomness of weights depends on the step, that of activations and gradients on the micro-batch."""
-        return Key(self.seed, self.counters[int(operand.endswith(".w"))], layer, OPERANDS[operand])
-
-    def sign_key(self, operand: str, layer: int) -> Key:
-        """Fresh Hadamard signs, the same for both operands of a GEMM; GEMMs with a weight change them once a step."""
-        gemm = operand[:5]
-        return Key(self.seed, self.counters[int(gemm != "wgrad")], layer, SIGNS[gemm])
+GEMMS = "fprop", "dgrad", "wgrad"
 
 
 class Linear(nn.Linear):
@@ -106,6 +62,7 @@ class Linear(nn.Linear):
         self.context = Context()
         self._cache: dict = {}
         self._copies: dict[str, Copies] = {}
+        self._backends: dict[tuple, dict[str, str]] = {}
 
     @property
     def recipe(self) -> Recipe | None:
@@ -114,6 +71,7 @@ class Linear(nn.Linear):
     @recipe.setter
     def recipe(self, recipe: Recipe | None) -> None:
         self._recipe = recipe
+        self._backends.clear()
         for operand, spec in recipe.operands().items() if recipe else ():
             if spec and (steps := spec.scale.history):
                 self._history(operand, steps)
@@ -175,6 +133,21 @@ class Linear(nn.Linear):
         if self.recipe and self.recipe.rotate and I % self.recipe.rotate:
             raise ValueError(f"{self.name}: its inputs, {I}, must be a multiple of rotate = {self.recipe.rotate}")
 
+    def backend(self, gemm: str, tokens: int, dtype: torch.dtype, device: torch.device) -> str:
+        """What multiplies in "fprop", "dgrad" or "wgrad", of `tokens` rows of x in `dtype`. Raises ValueError if the context
+        names a backend that cannot."""
+        if self.context.backend == "emulate" or self.recipe is None:
+            return "emulate"
+        place = gemm, tokens, dtype
+        if place not in self._backends:
+            I, O = self.in_features, self.out_features
+            sizes = {"fprop": (tokens, O, I), "dgrad": (tokens, I, O), "wgrad": (O, I, tokens)}[gemm]
+            a, b = (spec for operand, spec in self.recipe.operands().items() if operand.startswith(gemm))
+            wide = gemm == "wgrad" or (gemm == "fprop" and a and a.center)
+            out = torch.float32 if wide else dtype
+            self._backends[place] = pick(self.context.backend, gemm, a, b, sizes, out, device)
+        return self._backends[place]
+
     # --- operands ---
 
     def _mask(self, operand: str, spec: Spec, x: Tensor) -> Tensor:
@@ -185,10 +158,11 @@ class Linear(nn.Linear):
             return None, None
         return self.context.key(operand, self.number), self.context.sign_key(operand, self.number)
 
-    def _pair(self, first: str, second: str, x: Tensor) -> tuple[QTensor | None, QTensor | None]:
-        """What the second GEMM takes along the other axis of x than the first, both of one read where kernels do that."""
+    def _pair(self, first: str, second: str, x: Tensor, once: bool) -> tuple[QTensor | None, QTensor | None]:
+        """What the second GEMM takes along the other axis of x than the first, both of one read where kernels do that.
+        once: where x^T has the values of x, one side is enough."""
         a, b = ((self.recipe or PLAIN).operands()[name] for name in (first, second))
-        if a is None or b is None or (a == b and a.transposes) or not kernel.takes(x, a, b):
+        if a is None or b is None or (once and a == b and a.transposes) or not kernel.takes(x, a, b):
             return None, None
         if any(spec.center or spec.source == "fprop" for spec in (a, b)):
             return None, None
@@ -196,19 +170,20 @@ class Linear(nn.Linear):
         held = self._held(first, a, x, note=False), self._held(second, b, x.t(), note=False)
         return kernel.encode_pair(x, (a, b), *keys, held)
 
-    def _operand(self, operand: str, spec: Spec | None, x: Tensor, made: QTensor | None = None) -> Operand:
-        """x [R, K], contraction last -> what gemm takes. made: x, quantised already."""
+    def _operand(self, operand: str, spec: Spec | None, x: Tensor, packed: bool, made: QTensor | None = None) -> Operand:
+        """x [R, K], contraction last -> what gemm takes, `packed` or not. made: x, quantised already."""
         if spec is None:
             return Operand(x, None, False)
         held = self._held(operand, spec, x)
-        found = self._quantized(operand, spec, x) if made is None else Operand(*decode(made))
+        found = self._quantized(operand, spec, x, held, packed) if made is None else _of(made, packed)
         self._observe(operand, spec, x, held, found.index)
         return found
 
-    def _quantized(self, operand: str, spec: Spec, x: Tensor) -> Operand:
+    def _quantized(self, operand: str, spec: Spec, x: Tensor, held: Tensor | None, packed: bool) -> Operand:
         if spec.ladder:
             return self._chosen(operand, spec, x)
-        return Operand(*quantized_values(x, spec, *self._keys(operand, spec), self._held(operand, spec, x)))
+        given = x, spec, *self._keys(operand, spec), held
+        return Operand(packed=quantize(*given)) if packed else Operand(*quantized_values(*given))
 
     def _chosen(self, operand: str, spec: Choice, x: Tensor) -> Operand:
         index, picker, measure = self._remembered(operand, spec, self.training) if spec.memory else (None, None, True)
@@ -311,12 +286,12 @@ class Linear(nn.Linear):
     def _kept(self, spec: Spec | None, x: Tensor, made: QTensor | None = None) -> "Kept":
         """wgrad.x, of x^T [I, T], as it is kept for backward: packed where its format is known beforehand. made: as above."""
         if spec is None or (spec.ladder and not (spec.memory and spec.memory.delay)):
-            return Kept.of(self._operand("wgrad.x", spec, x))
+            return Kept.of(self._operand("wgrad.x", spec, x, packed=False))
         keys = self._keys("wgrad.x", spec)
         if spec.ladder:
             index, _, measure = self._remembered("wgrad.x", spec, self.training)
             if measure or spec.candidates[index].scale.format == "none":
-                found = self._operand("wgrad.x", spec, x)
+                found = self._operand("wgrad.x", spec, x, packed=False)
             else:
                 self._observe("wgrad.x", spec, x, None, index)
                 self._decided("wgrad.x", Decision(spec, index, None, x.numel()))
@@ -327,7 +302,7 @@ class Linear(nn.Linear):
         self._observe("wgrad.x", spec, x, held)
         return Kept.packed(quantize(x, spec, *keys, held) if made is None else made)
 
-    def _weight(self, operand: str, spec: Spec | None, dtype: torch.dtype) -> Operand:
+    def _weight(self, operand: str, spec: Spec | None, dtype: torch.dtype, packed: bool) -> Operand:
         """fprop.w: w [O, I]; dgrad.w: w^T [I, O]. Cached until the weight changes."""
         transpose = operand == "dgrad.w"
         if spec is None:
@@ -335,12 +310,16 @@ class Linear(nn.Linear):
             if self.recipe and self.recipe.rotate:
                 w = self._cached("rotated", dtype, lambda: self._source().to(dtype))
             return Operand(w.t() if transpose else w, None, False)
-        shared = transpose and self._shares_weight()
-        name = "fprop.w" if shared else operand
+        shared = transpose and not packed and self._shares_weight()
+        name, held = "fprop.w" if shared else operand, None
         watched = self.context.stats is not None
-        if watched or (spec.scale.history and self.training):  # noted also where an evaluation has filled the cache
+        if spec.scale.history:  # noted also where an evaluation has filled the cache
             held = self._held(name, spec, self._original(operand, spec, dtype))
-        found = self._cached(name, spec, lambda: self._quantized(name, spec, self._original(name, spec, dtype)))
+        found = self._cached(
+            name + " packed" * packed,
+            spec,
+            lambda: self._quantized(name, spec, self._original(name, spec, dtype), held, packed),
+        )
         found = _turned(found) if shared else found
         if watched:
             self._observe(operand, spec, self._original(operand, spec, dtype), held, found.index)
@@ -352,7 +331,9 @@ class Linear(nn.Linear):
 
     def _original(self, operand: str, spec: Spec, dtype: torch.dtype) -> Tensor:
         """What a weight operand is quantised from, contraction last."""
-        w = self._source() if spec.source == "original" else self._weight("fprop.w", self.recipe.fprop.w, dtype).dense()
+        w = self._source()
+        if spec.source == "fprop":
+            w = self._weight("fprop.w", self.recipe.fprop.w, dtype, packed=False).dense()
         return w.t() if operand == "dgrad.w" else w
 
     def _copy(self, dtype: torch.dtype) -> Tensor:
@@ -392,10 +373,14 @@ class Kept(NamedTuple):
     def packed(cls, q: QTensor, index: int | None = None) -> "Kept":
         return cls((q.packed_codes, q.scale_codes, q.outer_codes), q.spec, q.shape, index=index)
 
-    def operand(self) -> Operand:
+    def operand(self, packed: bool) -> Operand:
         if self.spec is None:
             return Operand(*self.tensors, self.quantised, self.index)
-        return Operand(*decode(QTensor(*self.tensors, self.spec, self.shape)), index=self.index)
+        return _of(QTensor(*self.tensors, self.spec, self.shape), packed)._replace(index=self.index)
+
+
+def _of(q: QTensor, packed: bool) -> Operand:
+    return Operand(packed=q) if packed else Operand(*decode(q))
 
 
 class _Quantized(torch.autograd.Function):
@@ -409,13 +394,17 @@ class _Quantized(torch.autograd.Function):
         if any(spec and spec.center for spec in (fprop_x, wgrad_x)):
             mean = stated_sum(x.to(torch.float32), 0) * (1 / x.shape[0])  # [1, I]
             rest = x.to(torch.float32) - mean
-        first, second = module._pair("fprop.x", "wgrad.x", x) if ctx.needs_input_grad[1] else (None, None)
-        a = module._operand("fprop.x", fprop_x, rest if fprop_x and fprop_x.center else x, first)
-        b = module._weight("fprop.w", recipe.fprop.w, dtype)
+        needed = dict(zip(GEMMS, (True, *ctx.needs_input_grad[:2]), strict=True))
+        backends = {name: module.backend(name, len(x), dtype, x.device) if needed[name] else "emulate" for name in GEMMS}
+        packed = {name: backend != "emulate" for name, backend in backends.items()}
+        once = not (packed["fprop"] or packed["wgrad"])
+        first, second = module._pair("fprop.x", "wgrad.x", x, once) if ctx.needs_input_grad[1] else (None, None)
+        a = module._operand("fprop.x", fprop_x, rest if fprop_x and fprop_x.center else x, packed["fprop"], first)
+        b = module._weight("fprop.w", recipe.fprop.w, dtype, packed["fprop"])
         if fprop_x and fprop_x.center:
-            y = (gemm(a, b, torch.float32, mode) + linear(mean, b.dense())).to(dtype)
+            y = (gemm(a, b, torch.float32, mode, backends["fprop"]) + linear(mean, b.dense())).to(dtype)
         else:
-            y = gemm(a, b, dtype, mode)
+            y = gemm(a, b, dtype, mode, backends["fprop"])
         module._multiplied("fprop", a, b, y)
         if ctx.needs_input_grad[0] and recipe.clip:
             mask = module._mask("fprop.x", fprop_x, rest if fprop_x.center else x)
@@ -425,6 +414,7 @@ class _Quantized(torch.autograd.Function):
             x = a.dense() if wgrad_x and wgrad_x.source == "fprop" else rest if wgrad_x and wgrad_x.center else x
             kept = module._kept(wgrad_x, x.t(), second)
         ctx.module, ctx.recipe, ctx.dtype, ctx.kept = module, recipe, dtype, kept._replace(tensors=())
+        ctx.backends, ctx.packed = backends, packed
         ctx.save_for_backward(mean if wgrad_x and wgrad_x.center else None, mask, *kept.tensors)
         return y
 
@@ -435,17 +425,20 @@ class _Quantized(torch.autograd.Function):
         g = g.contiguous()
         dx = dw = None
         a = None
-        first, second = module._pair("dgrad.g", "wgrad.g", g) if all(ctx.needs_input_grad[:2]) else (None, None)
+        backends, packed = ctx.backends, ctx.packed
+        once = not (packed["dgrad"] or packed["wgrad"])
+        first, second = module._pair("dgrad.g", "wgrad.g", g, once) if all(ctx.needs_input_grad[:2]) else (None, None)
         if ctx.needs_input_grad[0]:
-            a, b = module._operand("dgrad.g", recipe.dgrad.g, g, first), module._weight("dgrad.w", recipe.dgrad.w, ctx.dtype)
-            dx = gemm(a, b, ctx.dtype, mode)
+            a = module._operand("dgrad.g", recipe.dgrad.g, g, packed["dgrad"], first)
+            b = module._weight("dgrad.w", recipe.dgrad.w, ctx.dtype, packed["dgrad"])
+            dx = gemm(a, b, ctx.dtype, mode, backends["dgrad"])
             dx = module._rotated(dx if mask is None else torch.where(mask, dx, 0))
             module._multiplied("dgrad", a, b, dx)
         if ctx.needs_input_grad[1]:
-            once = a and module._once("wgrad.g", "dgrad.g", g, a)
-            a = _turned(a) if once else module._operand("wgrad.g", recipe.wgrad.g, g.t(), second)
-            b = ctx.kept._replace(tensors=tensors).operand()
-            dw = gemm(a, b, torch.float32, mode)
+            once = once and a and module._once("wgrad.g", "dgrad.g", g, a)
+            a = _turned(a) if once else module._operand("wgrad.g", recipe.wgrad.g, g.t(), packed["wgrad"], second)
+            b = ctx.kept._replace(tensors=tensors).operand(packed["wgrad"])
+            dw = gemm(a, b, torch.float32, mode, backends["wgrad"])
             if mean is not None:
                 dw = dw + stated_sum(g.to(torch.float32), 0).t() * mean
             if recipe.clip:

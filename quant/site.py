@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from quant.choice import Spec
-from quant.linear import Context, linears
+from quant.context import Context
+from quant.linear import linears
 from quant.quantize import quantize
 from quant.random import Key
 

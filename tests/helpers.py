@@ -30,3 +30,22 @@ def assert_same_bits(ours: Tensor, expected: Tensor, what: str = "result") -> No
             f"{what}: {int(wrong.sum())} of {wrong.numel()} differ; first at {list(at)}: "
             f"{_shown(a[at])}, expected {_shown(b[at])}"
         )
+
+
+def assert_product(ours: Tensor, a: Tensor, b: Tensor, bf16_roundings: int, what: str = "product") -> None:
+    """ours [M, N] against a [M, K] b [N, K]^T of fp64 operands, each of at most 12 significant bits, or of fp32.
+
+    Products of decoded E2M1 x E4M3 operands are exact in fp32 (24 bits hold 2 * 6), those of BF16 too, so the sum of K takes
+    at most K - 1 roundings of u = 2^-24 of the sum of magnitudes, in any order (Higham, section 4.2); products of fp32 operands
+    add one: K u S. Then alpha, itself a product of two scales: two roundings; and each rounding to BF16, 2^-8, half of the
+    2^-7 between neighbours. 1.01 stands for products of these.
+    """
+    exact, magnitudes = a @ b.t(), a.abs() @ b.abs().t()
+    bound = 1.01 * ((a.shape[1] + 2) * 2.0**-24 * magnitudes + bf16_roundings * 2.0**-8 * exact.abs())
+    wrong = (ours.double() - exact).abs() > bound
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} are off; first at {list(at)}: {ours[at].item()!r}, "
+            f"expected {exact[at].item()!r} +- {bound[at].item():.2g}"
+        )

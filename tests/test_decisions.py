@@ -11,7 +11,7 @@ import torch
 import plot
 import train
 from quant import Choice, Context, Linear, QuantSpec, Recipe, Scale, attach, decisions
-from quant.linear import Decision
+from quant.context import Decision
 from quant.recipe import OPERANDS, Dgrad, Fprop, Wgrad
 
 ROOT = Path(__file__).parent.parent

@@ -30,9 +30,9 @@ FLOORS = {
 }  # fmt: skip
 # The same inside quant; what stands on one line does not import each other.
 QUANT = [
-    ["fuse"], ["rounding", "random"], ["codebooks"], ["formats"], ["spec"], ["choice"], ["recipe", "scaling", "transform"],
-    ["qtensor"], ["encode", "mixed"], ["choose", "metrics", "launch"], ["kernel"], ["quantize", "memory"], ["gemm"], ["linear"],
-    ["decisions", "site", "update"], ["policy"],
+    ["fuse", "accumulate"], ["rounding", "random"], ["codebooks"], ["formats"], ["spec"], ["choice"],
+    ["recipe", "scaling", "transform"], ["qtensor"], ["encode", "mixed"], ["choose", "metrics", "launch"], ["kernel"],
+    ["quantize", "memory", "native"], ["gemm"], ["context"], ["linear"], ["decisions", "site", "update"], ["policy"],
 ]  # fmt: skip
 QUANT_FLOORS = {name: floor for floor, names in enumerate(QUANT) for name in names}
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_product, assert_same_bits
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -142,25 +142,8 @@ def operand(name: str, spec: QuantSpec | None, x: Tensor) -> Tensor:
 
 
 def check_gemm(what: str, ours: Tensor, a: Tensor, b: Tensor, mode: str, quantised: int) -> None:
-    """ours [M, N] against a [M, K] b [N, K]^T in fp64.
-
-    The products of decoded E2M1 x E4M3 operands are exact in fp32 (24 bits hold 2 * 6), those of BF16 too, so the sum
-    of K takes at most K - 1 roundings of u = 2^-24 of the sum of magnitudes, in any order (Higham, section 4.2);
-    products of fp32 operands add one: K u S. Then alpha, itself a product of two scales: two roundings; a GEMM of BF16
-    operands in mode "bf16" rounds its sum to BF16 (2^-8: half of the 2^-7 between neighbours), and so does the result
-    unless it is fp32. 1.01 stands for products of these.
-    """
-    exact, magnitudes = a @ b.t(), a.abs() @ b.abs().t()
-    bf16_roundings = int(ours.dtype == torch.bfloat16) + int(mode == "bf16" or not quantised)
-    bound = 1.01 * ((a.shape[1] + 2) * 2.0**-24 * magnitudes + bf16_roundings * 2.0**-8 * exact.abs())
-    error = (ours.double() - exact).abs()
-    wrong = error > bound
-    if wrong.any():
-        at = tuple(wrong.nonzero()[0].tolist())
-        raise AssertionError(
-            f"{what}: {int(wrong.sum())} of {wrong.numel()} are off; first at {list(at)}: {ours[at].item()!r}, "
-            f"expected {exact[at].item()!r} +- {bound[at].item():.2g}"
-        )
+    """A GEMM of BF16 operands in mode "bf16" rounds its sum to BF16, and so does the result unless it is fp32."""
+    assert_product(ours, a, b, int(ours.dtype == torch.bfloat16) + int(mode == "bf16" or not quantised), what)
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
