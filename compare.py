@@ -72,8 +72,9 @@ def plain(config: Config) -> Config:
 
 
 def same_data(a: Config, b: Config) -> None:
-    """Raises ValueError if the two do not see the same batches, or do not have the same Linears."""
-    keys = "train.seed", "train.batch_size", "train.micro_batches", "data", "model"
+    """Raises ValueError if the two do not see the same batches, do not have the same Linears, or round by different rules (of
+    which a process has one)."""
+    keys = "train.seed", "train.batch_size", "train.micro_batches", "train.rounding", "data", "model"
     for key in keys:
         x, y = a, b
         for part in key.split("."):

@@ -110,6 +110,7 @@ class Trainer:
         self.mode, mode_line = pick_mode(t.gemm, self.device)
         self.dtype = DTYPES[t.dtype]
         print(fuse(t.compile == "quantiser"))
+        kernel.round_by(t.rounding, self.device)
         specs = (spec for recipe in config.recipes.values() for spec in recipe.operands().values() if spec)
         print(*kernel.report(specs, self.device), mode_line, sep="\n")
         announce(config, self.device)

@@ -80,6 +80,7 @@ class TrainConfig:
     dtype: Literal["bf16", "fp32"] = "bf16"  # compute dtype: activations, and weights where they are not quantised
     gemm: Literal["auto", "emulate", "scaled_mm", "triton", "bf16", "fp32", "te16", "rz64", "rz64_rne", "exact"] = "auto"
     # (the backend of quantised GEMMs, or the mode of emulated ones, quant/gemm.py)
+    rounding: Literal["exact", "cvt.rs"] = "exact"  # "cvt.rs": stochastic rounding by that instruction, see docs/kernels.md
     compile: Literal["quantiser", "model", "off"] = "quantiser"  # "model" also changes how its sums are ordered
     recompute: bool = False  # activation checkpointing, block by block
     log_every: int = Field(10, ge=1)

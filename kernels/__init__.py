@@ -20,14 +20,20 @@ import triton
 
 from kernels.numerics import Target
 
+HAVE_RS = 100, 103  # compute capabilities that have cvt.rs: sm_100a and sm_103a, and no others
+
 
 @functools.cache
-def target_at(capability: int) -> Target:
-    """What a GPU of that compute capability (80, 90, 100, ...) has; 0: exact arithmetic alone, as in the interpreter.
+def target_at(capability: int, rs: bool = False) -> Target:
+    """What a GPU of that compute capability (80, 90, 100, ...) has; 0: exact arithmetic alone, as in the interpreter. rs: round
+    stochastically by cvt.rs, which is never so unless asked for; raises ValueError where there is no such instruction.
 
     Conversions to E4M3 and E5M2 round twice on sm_89 in Triton 3.8 and miss ties on sm_80, so exact arithmetic stands for
     them."""
-    return Target(f32x2=capability >= 100, e2m1=capability >= 100, fp8=capability >= 90, max2=capability >= 90)
+    if rs and capability not in HAVE_RS:
+        here = f"sm_{capability}" if capability else "no GPU"
+        raise ValueError(f"cvt.rs: an instruction of sm_100a and sm_103a, and this is {here}")
+    return Target(f32x2=capability >= 100, e2m1=capability >= 100, fp8=capability >= 90, max2=capability >= 90, rs=rs)
 
 
 def capability() -> int:

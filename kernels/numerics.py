@@ -12,6 +12,9 @@ the largest code, the code of NaN, whether it has a sign.
                q has all bits of |p| where |p| is at least half a unit, and below that only `stochastic` can round up, which
                compares floors.
     random     Philox4x32-10 at the counters of quant/random.py: 16 bytes serve 16 elements
+    cvt.rs     an instruction of sm_100a and sm_103a: four codes, of four numbers and a 32-bit word. Which bits serve which
+               number is published nowhere: a code is one of the two next to the number, about as often the upper one as it
+               should be, and no more is known. So it is taken by name only (`Target.rs`), and nowhere called exact
     Hadamard   butterflies of strides 1, 2, 4, ... in fp32, sum above difference, times d^-1/2, rounded to BF16
 
 No multiply-add is fused (all kernels are compiled with enable_fp_fusion=False) and divisions are div_rn, so a reference in
@@ -41,12 +44,14 @@ class Float(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What the GPU has: f32x2 arithmetic, cvt to e2m1x2, cvt to e4m3x2 and e5m2x2 that rounds right, max of bf16x2."""
+    """What the GPU has: f32x2 arithmetic, cvt to e2m1x2, cvt to e4m3x2 and e5m2x2 that rounds right, max of bf16x2. rs: cvt.rs
+    is to round stochastically (8 bits) in place of exact arithmetic."""
 
     f32x2: bool = False
     e2m1: bool = False
     fp8: bool = False
     max2: bool = False
+    rs: bool = False
 
 
 # --- pairs: two fp32 numbers at a time (f32x2: sm_100 and later) ---
@@ -115,6 +120,38 @@ def to_word(lo, hi, CVT: tl.constexpr):
 
 # --- codes ---
 
+# $5 {$4, $3, $2, $1}: the word and the four numbers, the last one in the upper bits of the result.
+RS = {
+    "e2m1": "{ .reg .b16 h; cvt.rs.satfinite.e2m1x4.f32 h, {$4, $3, $2, $1}, $5; cvt.u32.u16 $0, h; }",
+    "e4m3": "cvt.rs.satfinite.e4m3x4.f32 $0, {$4, $3, $2, $1}, $5;",
+    "e5m2": "cvt.rs.satfinite.e5m2x4.f32 $0, {$4, $3, $2, $1}, $5;",
+}  # fmt: skip
+
+
+@triton.constexpr_function
+def by_rs(f: Float, N: int, t: Target) -> bool:
+    """Whether cvt.rs makes codes that are rounded with N random bits."""
+    return t.rs and N == 8 and f.name in RS
+
+
+@triton.constexpr_function
+def rs_text(f: Float) -> str:
+    return RS[f.name]
+
+
+@triton.jit
+def fours_of_codes(a, b, word, f: tl.constexpr):
+    """fp32 a and b, neighbours, (..., n), and a random word for two of these pairs, (..., n / 2) -> as `pair_of_codes`."""
+    shape: tl.constexpr = word.shape + (2,)
+    TEXT: tl.constexpr = rs_text(f)
+    p, r = tl.split(tl.reshape(a, shape))
+    q, s = tl.split(tl.reshape(b, shape))
+    four = tl.inline_asm_elementwise(TEXT, "=r,f,f,f,f,r", [p, q, r, s, word], dtype=tl.int32, is_pure=True, pack=1)
+    if f.bits <= 4:
+        return tl.reshape(tl.join(four.to(tl.uint8), (four >> 8).to(tl.uint8)), a.shape)
+    else:
+        return tl.reshape(tl.join(four.to(tl.int16), (four >> 16).to(tl.int16)), a.shape)
+
 
 @triton.jit
 def encode(p, rand, f: tl.constexpr, ROUNDING: tl.constexpr, N: tl.constexpr):
@@ -162,7 +199,9 @@ def pair_of_codes(a, b, e, ra, rb, f: tl.constexpr, ROUNDING: tl.constexpr, N: t
     """fp32 a and b, neighbours along the contraction, and what both are multiplied by -> their codes, a in the lower bits:
     uint8 of 4-bit codes, else int16. ra, rb: random ints for "stochastic", as `random_pairs` gives them."""
     a, b = mul_pair(a, b, e, e, t.f32x2)
-    if ROUNDING == "stochastic" and N == 8 and f.name == "e2m1" and t.e2m1:
+    if ROUNDING == "stochastic" and by_rs(f, N, t):
+        return fours_of_codes(a, b, ra, f)
+    elif ROUNDING == "stochastic" and N == 8 and f.name == "e2m1" and t.e2m1:
         # 2^-14 times a number, its smallest normal is that of fp16, so a code of E2M1 is bits 9 to 11, everywhere: truncate to
         # fp16, add 2 r (8 bits below bit 9 and one to spare), cut at bit 9, and convert what is a number of E2M1 now.
         small = tl.full(a.shape, 2.0**-14, tl.float32)

@@ -34,6 +34,7 @@ from kernels.numerics import (
     Target,
     add_pair,
     bits,
+    by_rs,
     encode,
     larger,
     mul_pair,
@@ -83,9 +84,12 @@ class Given(NamedTuple):
 
 
 @triton.constexpr_function
-def dithers(s: Side, t: Target) -> bool:
-    """Whether codes come from packed halves, to which random bytes are added (`pair_of_codes`)."""
-    return t.e2m1 and s.element.name == "e2m1" and s.random == 8
+def draws(s: Side, t: Target) -> str:
+    """What `random_pairs` is to give: "word" for every four elements where cvt.rs takes one; "bytes" in words, where they are
+    added to packed halves (`pair_of_codes`); else "ints"."""
+    if by_rs(s.element, s.random, t):
+        return "word"
+    return "bytes" if t.e2m1 and s.element.name == "e2m1" and s.random == 8 else "ints"
 
 
 # --- Hadamard ---
@@ -211,9 +215,17 @@ def place(row, b, scales, SWIZZLE: tl.constexpr):
 
 
 @triton.jit
-def random_pairs(number, words_ptr, N: tl.constexpr, WORDS: tl.constexpr):
-    """number: of the first element of 16 (N <= 8) or of 4 (N = 24) along the last axis, (...) -> ints of N bits for the two
-    elements of each pair of these, (..., 8) or (..., 2); or, where WORDS, the word that has both bytes, and which they are."""
+def twice(word, shape: tl.constexpr):
+    """Four words in (..., 2, 2) -> (..., 8), each one two times."""
+    word = tl.reshape(word, shape + (4, 1))
+    return tl.reshape(tl.broadcast_to(word, shape + (4, 2)), shape + (8,))
+
+
+@triton.jit
+def random_pairs(number, words_ptr, N: tl.constexpr, KIND: tl.constexpr):
+    """number: of the first element of 16 (N <= 8) or of 4 (N = 24) along the last axis, (...) -> "ints" of N bits for the two
+    elements of each pair of these, (..., 8) or (..., 2); "bytes": the word that has both, and which they are; "word": that of
+    two pairs, (..., 4), twice."""
     index, layer, use = tl.load(words_ptr), tl.load(words_ptr + 1), tl.load(words_ptr + 2)
     low, high = tl.load(words_ptr + 3), tl.load(words_ptr + 4)
     c = (number // (16 if N <= 8 else 4)).to(tl.uint32)
@@ -222,14 +234,17 @@ def random_pairs(number, words_ptr, N: tl.constexpr, WORDS: tl.constexpr):
         return (tl.join(a, c) >> (32 - N)).to(tl.int32), (tl.join(b, d) >> (32 - N)).to(tl.int32)
     else:
         word = tl.join(tl.join(a, c), tl.join(b, d))  # (..., n / 2, n % 2) is word n
-        word = tl.reshape(word, number.shape + (4, 1))
-        word = tl.reshape(tl.broadcast_to(word, number.shape + (4, 2)), number.shape + (8,))
         odd = tl.arange(0, 8) & 1
         for _ in tl.static_range(len(number.shape)):
             odd = tl.expand_dims(odd, 0)
-        if WORDS:
+        if KIND == "word":
+            word = tl.reshape(word, number.shape + (4,)).to(tl.int32, bitcast=True)
+            return word, word
+        elif KIND == "bytes":
+            word = twice(word, number.shape)
             return word.to(tl.int32, bitcast=True), tl.broadcast_to(tl.where(odd > 0, 0x4342, 0x4140), word.shape)
         else:
+            word = twice(word, number.shape)
             word = word >> (odd * 16).to(tl.uint32)
             return ((word >> (8 - N)) & ((1 << N) - 1)).to(tl.int32), ((word >> (16 - N)) & ((1 << N) - 1)).to(tl.int32)
 
@@ -378,8 +393,9 @@ def store_rows(
     if s.random > 0:
         C: tl.constexpr = 16 if s.random <= 8 else 4
         number = (m0 + r) * K + k0 + tl.arange(0, 2 * W // C)[None, None, :] * C  # (A, G, BK / C)
-        ra, rb = random_pairs(number, words_ptr, s.random, dithers(s, t))
-        ra, rb = tl.reshape(ra, (A, G, W)), tl.reshape(rb, (A, G, W))
+        ra, rb = random_pairs(number, words_ptr, s.random, draws(s, t))
+        P: tl.constexpr = 2 if draws(s, t) == "word" else 1  # pairs that one of them serves
+        ra, rb = tl.reshape(ra, (A, G, W // P)), tl.reshape(rb, (A, G, W // P))
     out = pair_of_codes(lo, hi, e, ra, rb, s.element, s.rounding, s.random, t)
     r = r[:, :, :, None]
     w = tl.arange(0, W // V)[None, None, :, None] * V + tl.arange(0, V)[None, None, None, :]
@@ -425,9 +441,10 @@ def store_columns(p, e, k, codes_ptr, words_ptr, m0, M, K, s: tl.constexpr, t: t
     if s.random > 0:
         C: tl.constexpr = 16 if s.random <= 8 else 4
         number = k * M + m0 + tl.arange(0, A * G // C)[:, None] * C  # (BM / C, W)
-        ra, rb = random_pairs(number, words_ptr, s.random, dithers(s, t))  # (BM / C, W, C / 2)
-        ra = tl.reshape(tl.permute(tl.reshape(ra, (G, A // C, W, C // 2)), (0, 2, 1, 3)), (G, W, A // 2))
-        rb = tl.reshape(tl.permute(tl.reshape(rb, (G, A // C, W, C // 2)), (0, 2, 1, 3)), (G, W, A // 2))
+        ra, rb = random_pairs(number, words_ptr, s.random, draws(s, t))  # (BM / C, W, C / 2 or C / 4)
+        P: tl.constexpr = 4 if draws(s, t) == "word" else 2  # elements that one of them serves
+        ra = tl.reshape(tl.permute(tl.reshape(ra, (G, A // C, W, C // P)), (0, 2, 1, 3)), (G, W, A // P))
+        rb = tl.reshape(tl.permute(tl.reshape(rb, (G, A // C, W, C // P)), (0, 2, 1, 3)), (G, W, A // P))
     a, b = pairs_m(p)
     e, _ = pairs_m(e)
     out = pair_of_codes(a, b, e, ra, rb, s.element, s.rounding, s.random, t)  # (G, W, A / 2)
@@ -493,6 +510,8 @@ class Tile(NamedTuple):
 
 def quick(side: Side, t: Target) -> bool:
     """Whether an instruction makes the codes (`pair_of_codes`), so that a thread has registers for more of them."""
+    if by_rs(side.element, side.random, t):
+        return True
     if side.element.name == "e2m1":
         return t.e2m1 and (side.rounding == "nearest" or side.random == 8)
     return t.fp8 and side.rounding == "nearest" and side.element.name in ("e4m3", "e5m2")
@@ -508,7 +527,7 @@ def tile(M: int, K: int, rows: Side | None, cols: Side | None, t: Target) -> Til
         return interpreted(M, K, A)
     if not t.f32x2 or not all(quick(side, t) for side in sides):
         return Tile(A, BM, 128, 1 if wide else 2, BM // 16, again=True)
-    if all(side.block == 32 and not side.hadamard for side in sides):
+    if all(side.block == 32 and not side.hadamard and not side.random for side in sides):  # (16 elements share a draw)
         return Tile(8, 64, 128, 8, 2)
     return Tile(A, BM, 128, 2 if wide else 4, BM // 32, again=random or large)
 

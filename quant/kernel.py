@@ -2,6 +2,9 @@
 
 `obstacle(spec)` says why the kernels cannot; what they can is bit-equal to encode.py (tests/test_kernels.py), which does the
 rest. An operand that two GEMMs take along different axes, such as x in fprop and wgrad, is read once: `encode_pair`.
+
+One thing is not bit-equal, and so never done unless `round_by("cvt.rs")` asks for it: stochastic rounding by the instruction
+cvt.rs, of the same random words. Which of their bits it gives to which element is published nowhere.
 """
 
 import json
@@ -65,6 +68,30 @@ def takes(x: Tensor, *specs: QuantSpec | Choice) -> bool:
     return x.device.type in DEVICES and not any(size % 2 for size in x.shape) and not any(map(obstacle, specs))
 
 
+EXACT, RS = "exact", "cvt.rs"
+_rounding = EXACT
+
+
+def round_by(how: str, device: torch.device) -> None:
+    """How kernels round stochastically from now on. "exact": by the rule of quant/rounding.py; "cvt.rs": E2M1, E4M3 and E5M2
+    of 8 random bits by that instruction, the rest as before. Raises ValueError where the device has no cvt.rs."""
+    global _rounding
+    if how not in (EXACT, RS):
+        raise ValueError(f"rounding {how!r}: expected {EXACT!r} or {RS!r}")
+    if how == RS and device.type not in DEVICES:
+        raise ValueError(f"rounding {RS!r}: an instruction of GPUs, sm_100a and sm_103a, and kernels do not run on {device}")
+    if how == RS:
+        from kernels import capability, target_at
+
+        target_at(capability(), rs=True)
+    _rounding = how
+
+
+def rounds_by_rs(spec: QuantSpec | Choice) -> bool:
+    """Whether cvt.rs rounds by this spec where `round_by` asks for it."""
+    return not obstacle(spec) and spec.format in ("e2m1", "e4m3", "e5m2") and spec.rounding == "stochastic8"
+
+
 def report(specs: Iterable[QuantSpec | Choice], device: torch.device) -> list[str]:
     """A line for what kernels quantise on this device and with what, and one for each spec that they do not, and why."""
     if device.type not in DEVICES:
@@ -72,10 +99,14 @@ def report(specs: Iterable[QuantSpec | Choice], device: torch.device) -> list[st
     from kernels import capability, target_at
 
     one = {each: obstacle(each) for each in dict.fromkeys(specs)}
-    has = [name for name, there in target_at(capability())._asdict().items() if there]
+    has = [name for name, there in target_at(capability(), _rounding == RS)._asdict().items() if there]
     what = f"conversions of sm_{capability()} ({', '.join(has)})" if has else "exact arithmetic"
     count = sum(not why for why in one.values())
     lines = [f"kernels: quantise by {count} of {len(one)} specs, with {what}; operands of an odd size are fused"]
+    if _rounding == RS:
+        stochastic = [each for each in one if any(spec.stochastic for spec in each.candidates)]
+        some = f"{sum(map(rounds_by_rs, stochastic))} of {len(stochastic)} stochastic specs"
+        lines += [f"kernels: rounding is {RS} by {some}: results are not reproducible on other hardware"]
     return lines + [f"kernels: not {each.short()}, for {why}: fused" for each, why in one.items() if why]
 
 
@@ -90,7 +121,7 @@ def encode(
         raise ValueError(f"{spec.short()}: no kernel for {why}")
     m, transposed = in_memory(x)
     text, keys = _text(spec), _keys(spec, key, sign_key, held, x.device)
-    out = quantize_op(m, "" if transposed else text, text if transposed else "", keys, keys)
+    out = quantize_op(m, "" if transposed else text, text if transposed else "", keys, keys, _rounding == RS)
     return _qtensor(out, spec, x.shape)
 
 
@@ -104,7 +135,7 @@ def encode_pair(
     for shape, spec in zip((x.shape, x.shape[::-1]), specs, strict=True):
         check(shape, spec)
     given = [_keys(*each, x.device) for each in zip(specs, keys, sign_keys, helds, strict=True)]
-    out = quantize_op(x, *map(_text, specs), *given)
+    out = quantize_op(x, *map(_text, specs), *given, _rounding == RS)
     return _qtensor(out[:3], specs[0], x.shape), _qtensor(out[3:], specs[1], x.shape[::-1])
 
 

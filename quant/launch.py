@@ -103,12 +103,14 @@ def _spec(text: str) -> QuantSpec | None:
 
 
 @torch.library.custom_op("narrow::quantize", mutates_args=())
-def quantize_op(x: Tensor, rows: str, cols: str, row_keys: list[Tensor], col_keys: list[Tensor]) -> list[Tensor]:
+def quantize_op(
+    x: Tensor, rows: str, cols: str, row_keys: list[Tensor], col_keys: list[Tensor], rs: bool = False
+) -> list[Tensor]:
     """x [M, K] -> codes, scale codes and outer scale (empty where there is none) of each side. keys: words (int64 [5]), those
-    of the signs, an amax held in place of the operand's own; empty where there is none."""
+    of the signs, an amax held in place of the operand's own; empty where there is none. rs: round by cvt.rs, see kernel.py."""
     x = (x if x.dtype == torch.bfloat16 else x.to(torch.float32)).contiguous()
     x = x.clone() if x.storage_offset() % 2 else x  # (BF16 is read as words of two)
-    specs, keys, t = (_spec(rows), _spec(cols)), (row_keys, col_keys), target_at(capability())
+    specs, keys, t = (_spec(rows), _spec(cols)), (row_keys, col_keys), target_at(capability(), rs)
     sign = [spec and _sign_bits(spec, k[1] if k[1].numel() else None, x.device) for spec, k in zip(specs, keys, strict=True)]
     looks = [_look(spec) for spec in specs]
     same = looks[0] is not None and looks[0] == looks[1] == Look("tensor")  # one amax is that of both
@@ -129,7 +131,7 @@ def quantize_op(x: Tensor, rows: str, cols: str, row_keys: list[Tensor], col_key
 
 
 @quantize_op.register_fake
-def _(x, rows, cols, row_keys, col_keys):
+def _(x, rows, cols, row_keys, col_keys, rs=False):
     out = []
     for spec, (R, K) in ((_spec(rows), x.shape), (_spec(cols), x.shape[::-1])):
         if spec is None:

@@ -15,6 +15,7 @@ What uses it:
     device.py         a driver of a GPU that is not there: launches are compiled for an architecture, and executed
     interpreter.py    repairs of Triton's interpreter
     inspection.py     registers, spills, memory, instructions of a compiled kernel
+    operands.py       matrices to quantise, and what was made of them compared with what should have been
     variants.py       the operands of the shipped recipes
     check.py          make kernels-check
 """

@@ -11,6 +11,9 @@ sm_100a, sm_103a and sm_120a; then
     bytes         codes and scales of the executed PTX equal those of the reference: of random numbers in whole tiles, and of
                   ragged matrices of extreme, of subnormal and zero numbers, and of random bits
 
+Variants with stochastic rounding of 8 bits once more by cvt.rs, on sm_100a and sm_103a, which have it: then scales must equal
+the reference's, and every element be one of the two numbers next to what is rounded.
+
 The table goes to the terminal and to docs/kernels.md. Exit status 1 if anything fails: kernel, architecture, what, and the
 first byte that differs."""
 
@@ -29,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels import HAVE_RS
 from kernels.matmul import matmul, native
 from quant import kernel
 from quant.encode import encode
@@ -36,6 +40,7 @@ from quant.qtensor import QTensor
 from quant.random import Key
 from testing.device import Launch, compiled, emulated
 from testing.inspection import SHARED, TENSOR_COLUMNS, anatomy
+from testing.operands import astray, difference, numbers, rounded_by
 from testing.variants import Variant, variants
 
 ARCHITECTURES = (80, 90, 100, 103, 120)
@@ -61,52 +66,34 @@ class Row(NamedTuple):
     failures: list[str]
 
 
-def numbers(kind: str, rows: int, k: int) -> torch.Tensor:
-    """BF16 [rows, k]."""
-    generator = torch.Generator().manual_seed(rows * k)
-    x = torch.randn(rows, k, generator=generator)
-    if kind == "extreme":
-        x = x * torch.exp2(torch.randint(-120, 120, (rows, k), generator=generator).float())
-        x[0, 0] = 3e38
-    elif kind == "subnormal":
-        x = x * 1e-38
-        x[:, : k // 3] = 0.0
-        x[: rows // 3] = -0.0
-    elif kind == "bits":
-        return torch.randint(-(2**15), 2**15, (rows, k), generator=generator, dtype=torch.int16).view(torch.bfloat16)
-    return x.to(torch.bfloat16)
+class ByRs(NamedTuple):
+    """A variant that cvt.rs rounds."""
+
+    variant: Variant
+
+    def short(self) -> str:
+        return f"{self.variant.short()}, {kernel.RS}"
 
 
-def run(variant: Variant, x: torch.Tensor, capability: int) -> tuple[list[QTensor], list[Launch]]:
+def run(variant: Variant, x: torch.Tensor, capability: int, how: str = kernel.EXACT) -> tuple[list[QTensor], list[Launch]]:
     """What the kernels make of x [M, K], by side."""
     helds = [HELD if spec and spec.scale.history else None for spec in variant]
-    with emulated(capability) as launches:
+    with emulated(capability) as launches, rounded_by(how):
         if all(variant):
             return list(kernel.encode_pair(x, tuple(variant), KEYS, (None, None), tuple(helds))), launches
         side = 0 if variant.rows else 1
         return [kernel.encode(x.t() if side else x, variant[side], KEYS[side], None, helds[side])], launches
 
 
-def wanted(variant: Variant, x: torch.Tensor) -> list[QTensor]:
+def wrong(variant: Variant, x: torch.Tensor, made: list[QTensor], how: str) -> list[str]:
+    """The first byte of each side that is not right."""
     operands = ((x, variant.rows, KEYS[0]), (x.t(), variant.cols, KEYS[1]))
-    return [encode(y, spec, key, None, HELD if spec.scale.history else None) for y, spec, key in operands if spec]
-
-
-def difference(found: QTensor, reference: QTensor) -> str:
-    """The first byte that differs, or ""."""
-    for name in ("packed_codes", "scale_codes", "outer_codes"):
-        a, b = getattr(found, name), getattr(reference, name)
-        if a is None and b is None:
-            continue
-        if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
-            return f"{name}: {a if a is None else tuple(a.shape)} and not {b if b is None else tuple(b.shape)}"
-        if a.is_floating_point():
-            a, b = (torch.where(t.isnan(), torch.full_like(t, torch.nan), t).contiguous().view(torch.int32) for t in (a, b))
-        wrong = (a != b).nonzero()
-        if len(wrong):
-            i = tuple(wrong[0].tolist())
-            return f"{name}{list(i)} of {found.spec.short()}: {int(a[i]):#x}, expected {int(b[i]):#x} ({len(wrong)} differ)"
-    return ""
+    found = []
+    for (y, spec, key), q in zip([operand for operand in operands if operand[1]], made, strict=True):
+        held = HELD if spec.scale.history else None
+        by_rs = how == kernel.RS and kernel.rounds_by_rs(spec)
+        found.append(astray(q, y, key, held) if by_rs else difference(q, encode(y, spec, key, None, held)))
+    return list(filter(None, found))
 
 
 def moved(variant: Variant, rows: int, k: int, made: list[QTensor]) -> float:
@@ -114,13 +101,15 @@ def moved(variant: Variant, rows: int, k: int, made: list[QTensor]) -> float:
     return 2 + sum(q.nbytes() for q in made) / (rows * k)
 
 
-def check(variant: Variant, capability: int, budget: float | None) -> Row:
+def check(what: Variant | ByRs, capability: int, budget: float | None) -> Row:
     """One variant on one architecture."""
+    variant, how = (what.variant, kernel.RS) if isinstance(what, ByRs) else (what, kernel.EXACT)
     failures, elements = [], 0
     sizes = [spec.multiple for spec in variant if spec]
     ragged = (384, 128) if any(max(size) > 64 for size in sizes) else (160, 224)
     x = numbers("normal", 128, 256)
-    made, launches = run(variant, x, capability)
+    made, launches = run(variant, x, capability, how)
+    whole = moved(variant, 128, 256, made)
     launch = launches[-1]
     found = anatomy(launch.kernel, capability)
     count = found.count / (launch.constants["BM"] * launch.constants["BK"] / (32 * launch.kernel.metadata.num_warps))
@@ -136,18 +125,18 @@ def check(variant: Variant, capability: int, budget: float | None) -> Row:
             failures.append(f"{each.name} has {bad[0]}")
         if each.lanes is not None and each.lanes.approx:
             failures.append(f"{each.name} executed {dict(each.lanes.approx)}")
-    failures += [f"its PTX has no {word}" for word in required(variant, capability) if word not in launch.kernel.asm["ptx"]]
+        if how == kernel.EXACT and kernel.RS in ptx:
+            failures.append(f"{each.name} has {kernel.RS}, which nobody asked for")
+    words = required(variant, capability, how)
+    failures += [f"its PTX has no {word}" for word in words if word not in launch.kernel.asm["ptx"]]
     kinds = () if capability == 103 else ("extreme", "subnormal", "bits")  # (its PTX is that of sm_100 but for its target)
     for kind, shape in (("normal", None), *((kind, ragged) for kind in kinds)):
         if shape:
             x = numbers(kind, *shape)
-            made, _ = run(variant, x, capability)
-        for q, reference in zip(made, wanted(variant, x), strict=True):
-            elements += x.numel()
-            if words := difference(q, reference):
-                failures.append(f"{kind}: {words}")
-    whole = moved(variant, 128, 256, wanted(variant, numbers("normal", 128, 256)))
-    return Row(variant.short(), capability, found.registers, found.spilled, found.shared, count, whole, elements, failures)
+            made, _ = run(variant, x, capability, how)
+        elements += x.numel() * len(made)
+        failures += [f"{kind}: {words}" for words in wrong(variant, x, made, how)]
+    return Row(what.short(), capability, found.registers, found.spilled, found.shared, count, whole, elements, failures)
 
 
 PRODUCTS = {
@@ -188,13 +177,15 @@ def check_product(kind: tuple[str, str, str, int], capability: int) -> Row:
     return Row(name, capability, found.registers, found.spilled, found.shared, count, 0.0, 0, failures)
 
 
-def required(variant: Variant, capability: int) -> list[str]:
+def required(variant: Variant, capability: int, how: str) -> list[str]:
     """Instructions without which the architecture would not be used."""
     words = []
     for spec in filter(None, variant):
         if spec.format == "e2m1" and capability >= 100 and spec.rounding == "nearest":
             words.append("cvt.rn.satfinite.e2m1x2.f32")
-        if spec.format == "e2m1" and capability >= 100 and spec.rounding == "stochastic8":
+        if how == kernel.RS and kernel.rounds_by_rs(spec):
+            words.append(f"cvt.rs.satfinite.{spec.format}x4.f32")
+        elif spec.format == "e2m1" and capability >= 100 and spec.rounding == "stochastic8":
             words.append("cvt.rn.satfinite.e2m1x2.f16x2")
         if spec.format in ("e4m3", "e5m2") and capability >= 90 and spec.rounding == "nearest":
             words.append(f"cvt.rn.satfinite.{spec.format}x2.f32")
@@ -203,18 +194,19 @@ def required(variant: Variant, capability: int) -> list[str]:
     return words
 
 
-def work(task: tuple[Variant | tuple, int, float | None]) -> Row:
+def work(task: tuple[Variant | ByRs | tuple, int, float | None]) -> Row:
     what, capability, budget = task
     with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the PTX that ptxas refuses
         try:
-            return check(what, capability, budget) if isinstance(what, Variant) else check_product(what, capability)
+            kernels = isinstance(what, Variant | ByRs)
+            return check(what, capability, budget) if kernels else check_product(what, capability)
         except Exception as error:
             words = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
             return Row(name_of(what), capability, 0, 0, 0, 0.0, 0.0, 0, [words])
 
 
-def name_of(what: Variant | tuple) -> str:
-    return what.short() if isinstance(what, Variant) else "product " + " ".join(map(str, what))
+def name_of(what: Variant | ByRs | tuple) -> str:
+    return what.short() if isinstance(what, Variant | ByRs) else "product " + " ".join(map(str, what))
 
 
 # Lanes x issues a second / bytes a second: instructions that a chip issues while its memory moves a byte. By data sheets and
@@ -234,8 +226,10 @@ def table(rows: list[Row]) -> list[str]:
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for name in variants:
         cells = [name.replace("|", chr(92) + "|"), f"{found[name, 100].moved:.2f}"]
-        cells += [f"{(r := found[name, a]).instructions:.1f} ({r.registers})" for a in ARCHITECTURES]
-        cells += [f"{(r := found[name, a]).instructions / (r.moved * budget):.2f}" for a, budget in CHIPS.values()]
+        some = [found.get((name, a)) for a in ARCHITECTURES]
+        cells += [f"{r.instructions:.1f} ({r.registers})" if r else "-" for r in some]
+        some = [(found.get((name, a)), budget) for a, budget in CHIPS.values()]
+        cells += [f"{r.instructions / (r.moved * budget):.2f}" if r else "-" for r, budget in some]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -254,9 +248,10 @@ def main(argv: list[str]) -> int:
         parser.error("--renew writes the table of all variants on all architectures: no ARCH and no --only with it")
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
     tasks = []
-    for what in [*PRODUCTS, *variants()]:
+    by_rs = [ByRs(v) for v in variants() if any(spec and kernel.rounds_by_rs(spec) for spec in v)]
+    for what in [*PRODUCTS, *variants(), *by_rs]:
         for a in args.architectures or ARCHITECTURES:
-            if args.only in name_of(what):
+            if args.only in name_of(what) and (a in HAVE_RS or not isinstance(what, ByRs)):
                 tasks.append((what, a, None if args.renew else budgets.get(name_of(what), {}).get(str(a))))
     start, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as cache:
@@ -264,7 +259,7 @@ def main(argv: list[str]) -> int:
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
             for row in pool.imap(work, tasks):
                 rows.append(row)
-                equal = f"{row.elements:,} elements equal" if row.elements else "compiles"
+                equal = f"{row.elements:,} elements right" if row.elements else "compiles"
                 said = "; ".join(row.failures) or f"{row.instructions:.3g} instructions, {equal}"
                 print(f"{row.variant:60} sm_{row.architecture:<4} {said}", flush=True)
     failed = sum(bool(row.failures) for row in rows)

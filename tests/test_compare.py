@@ -77,7 +77,11 @@ def test_a_run_that_is_no_longer_finite_is_found(small):
 
 def test_what_cannot_be_compared():
     a = load(ROOT / "configs/tiny-bf16.toml")
-    for override, key in (("train.seed=1", "train.seed is 0 and 1"), ("model.blocks=2", "model is ModelConfig")):
+    for override, key in (
+        ("train.seed=1", "train.seed is 0 and 1"),
+        ("train.rounding=cvt.rs", "train.rounding is 'exact' and 'cvt.rs'"),
+        ("model.blocks=2", "model is ModelConfig"),
+    ):
         with pytest.raises(ValueError, match=f"A and B cannot be compared: {key}"):
             compare.same_data(a, load(ROOT / "configs/tiny-bf16.toml", [override]))
 

@@ -439,6 +439,7 @@ WRONG = [
     # wrong choice
     ("train.dtype=b16", "train.dtype", "'fp32'", "did you mean 'bf16'"),
     ("train.compile=quantizer", "train.compile", "'off'", "did you mean 'quantiser'"),
+    ("train.rounding=cvt", "train.rounding", "'exact'", "did you mean 'cvt.rs'"),
     ("specs.nv.format=e2m1x", "specs.nv", "'e4m3'", "did you mean 'e2m1'"),
     ("specs.nv.format=fp4", "specs.nv", "'e2m1'", "'e5m2'"),  # fp16 is nearest, and is no format of codes
     ("specs.nv.rounding=stochastik8", "specs.nv", "'nearest'", "did you mean 'stochastic8'"),

@@ -16,9 +16,13 @@ import torch
 
 import testing
 from configs import load
+from kernels import HAVE_RS, target_at
+from kernels import capability as current
 from quant import Linear, QuantSpec, Scale, kernel, launch
 from quant.encode import encode
-from quant.random import Key
+from quant.random import Key, random_ints
+from quant.rounding import random_bits
+from testing.operands import astray, beside, difference, element_codes, frequencies, numbers, rounded_by
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
@@ -60,6 +64,9 @@ SPECS = {
     "mxfp4 x3/4 rht32 sr": QuantSpec(
         "e2m1", (1, 32), Scale("e8m0", rule="floor", multiplier=0.75), rounding="stochastic", hadamard=32
     ),
+    "mxfp4 sr8": QuantSpec("e2m1", (1, 32), Scale("e8m0"), rounding="stochastic8"),
+    "mxfp8 sr8": QuantSpec("e4m3", (1, 32), Scale("e8m0"), rounding="stochastic8"),
+    "mxfp8 e5m2 sr8": QuantSpec("e5m2", (1, 32), Scale("e8m0"), rounding="stochastic8"),
     "mxfp6": QuantSpec("e3m2", (1, 32), Scale("e8m0", rule="floor"), rounding="away"),
     "fp8 1x128 fp32": QuantSpec("e4m3", (1, 128), Scale("fp32")),
     "fp8 128x128 gam": QuantSpec("e4m3", (128, 128), Scale("e8m0", rule="gam")),
@@ -70,46 +77,10 @@ SPECS = {
 }
 
 
-def numbers(kind: str, rows: int, k: int, dtype=torch.bfloat16) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(rows + k)
-    x = torch.randn(rows, k, generator=generator)
-    if kind == "wide":
-        x = x * torch.exp2(torch.randint(-60, 60, (rows, k), generator=generator).float())
-    elif kind == "huge":
-        x = x * 1e38
-    elif kind == "subnormal":
-        x = x * 1e-38
-    elif kind == "zeros":
-        x[:, :32] = 0.0
-        x[:32] = 0.0
-        x[:, ::3] = -0.0
-    elif kind == "nan":
-        x[5, 7], x[rows - 1, 3] = float("nan"), float("inf")
-    elif kind == "bits":  # every pattern there is, and so NaN in most blocks
-        x = torch.randint(-(2**15), 2**15, (rows, k), generator=generator, dtype=torch.int16).view(torch.bfloat16)
-    return x.to(dtype)
-
-
-def assert_equal(found, wanted) -> None:
-    """Codes, scales and outer scales of two QTensors, bit for bit; a NaN is a NaN."""
-    assert found.shape == wanted.shape and found.spec == wanted.spec
-    for name in ("packed_codes", "scale_codes", "outer_codes"):
-        a, b = getattr(found, name), getattr(wanted, name)
-        assert (a is None) == (b is None), name
-        if a is None:
-            continue
-        assert a.shape == b.shape and a.dtype == b.dtype, name
-        a, b = a.cpu(), b.cpu()
-        if a.is_floating_point():
-            a, b = (torch.where(t.isnan(), torch.full_like(t, torch.nan), t).contiguous().view(torch.int32) for t in (a, b))
-        wrong = (a != b).nonzero()
-        assert not len(wrong), f"{name}: {len(wrong)} differ, first {wrong[0].tolist()}"
-
-
 def check(engine, x: torch.Tensor, spec: QuantSpec, held=None) -> None:
     with on(engine):
         found = kernel.encode(x.cuda() if CUDA else x, spec, KEY, None, held.cuda() if CUDA and held is not None else held)
-    assert_equal(found, encode(x, spec, KEY, None, held))
+    assert not difference(found, encode(x, spec, KEY, None, held))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -145,6 +116,82 @@ def test_an_amax_of_earlier_steps(engine):
         check(engine, numbers("normal", 64, 128), spec, torch.tensor(held))
     spec = QuantSpec("e4m3", (-1, -1), Scale("fp32", history=4))
     check(engine, numbers("normal", 64, 128), spec, torch.tensor(3.0))
+
+
+# --- cvt.rs, by name ---
+
+RS = pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine in (100, "cuda")])
+
+
+def by_rs(engine, x: torch.Tensor, spec: QuantSpec):
+    """-> what cvt.rs makes of it; skipped on a GPU that has none."""
+    if CUDA and current() not in HAVE_RS:
+        pytest.skip(f"cvt.rs: not on sm_{current()}")
+    with on(engine) as launches, rounded_by(kernel.RS):
+        found = kernel.encode(x.cuda() if CUDA else x, spec, KEY)
+    if launches:
+        assert f"cvt.rs.satfinite.{spec.format}x4.f32" in launches[-1].kernel.asm["ptx"]
+    return found
+
+
+@RS
+@pytest.mark.parametrize("name", ["nvfp4 sr8", "nvfp4 rht16 fresh sr8", "mxfp4 sr8", "mxfp8 sr8", "mxfp8 e5m2 sr8"])
+def test_cvt_rs_takes_a_neighbour_as_often_as_it_should(name, engine):
+    spec = SPECS[name]
+    for x in (numbers("normal", 512, 256), numbers("normal", 256, 512).t()):
+        found = by_rs(engine, x, spec)
+        assert not astray(found, x, KEY)
+        rows = frequencies(found, x, KEY)
+        assert len(rows) == 8
+        for count, due, rate, bound in rows:
+            assert abs(rate - due) < bound < 0.06, (count, due, rate)
+    for kind in ("bits", "subnormal", "zeros"):
+        assert not astray(by_rs(engine, x := numbers(kind, 160, 224), spec), x, KEY), kind
+
+
+@pytest.mark.skipif(100 not in ENGINES, reason="of the emulator's model of cvt.rs")
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", ["nvfp4 sr8", "nvfp4 rht16 fresh sr8"])
+def test_cvt_rs_is_fed_the_bytes_of_its_own_elements(name, turned):
+    """As the emulator shares a word among four elements (bytes 0, 2, 1, 3, assumed), codes are those of `stochastic8` with the
+    same bytes in that order. So each word arrives where it should, whatever the hardware makes of it."""
+    spec, x = SPECS[name], numbers("normal", 256, 160).t() if turned else numbers("normal", 160, 256)
+    noise = random_ints(*x.shape, random_bits(spec.rounding), KEY.words()).view(-1, 4)[:, [0, 2, 1, 3]].reshape(x.shape)
+    expected = element_codes(spec, spec.element.round(beside(x, spec, KEY).p, spec.rounding, noise))
+    assert torch.equal(by_rs(100, x, spec).codes().to(torch.int32), expected)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 110, 120])
+def test_cvt_rs_where_there_is_none(capability):
+    with pytest.raises(ValueError, match=f"cvt.rs: an instruction of sm_100a and sm_103a, and this is sm_{capability}"):
+        target_at(capability, rs=True)
+    assert target_at(100, rs=True) == target_at(100)._replace(rs=True) and not any(target_at(c).rs for c in (0, 90, 100, 103))
+
+
+def test_cvt_rs_needs_a_gpu_and_a_name():
+    with pytest.raises(ValueError, match="kernels do not run on cpu"):
+        kernel.round_by("cvt.rs", torch.device("cpu"))
+    with pytest.raises(ValueError, match="rounding 'rs': expected 'exact' or 'cvt.rs'"):
+        kernel.round_by("rs", torch.device("cuda"))
+    if not CUDA:
+        with on(90 if 100 in ENGINES else "interpreter"), pytest.raises(ValueError, match="this is (sm_90|no GPU)"):
+            kernel.round_by("cvt.rs", torch.device("cuda"))
+
+
+@pytest.mark.skipif(100 not in ENGINES, reason="the emulator names its GPU")
+def test_cvt_rs_is_reported(monkeypatch):
+    monkeypatch.setattr(kernel, "DEVICES", {"cpu", "cuda"})
+    specs, device = [SPECS[name] for name in ("nvfp4", "nvfp4 sr8", "nvfp4 sr")], torch.device("cpu")
+    with on(100):
+        exact = kernel.report(specs, device)
+        with rounded_by(kernel.RS):
+            lines = kernel.report(specs, device)
+        assert kernel.report(specs, device) == exact
+    assert len(lines) == len(exact) + 1 and not any("cvt.rs" in line for line in exact)
+    assert lines[1] == "kernels: rounding is cvt.rs by 1 of 2 stochastic specs: results are not reproducible on other hardware"
+
+
+# --- what kernels cannot ---
 
 
 @pytest.mark.parametrize(

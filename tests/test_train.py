@@ -241,6 +241,12 @@ def test_a_changed_config_is_refused_with_the_differences(finished, small, capsy
     assert "train.log_every: 5 -> 3" in out and "is finished" in out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this one may have it (tests/test_kernels.py)")
+def test_rounding_that_the_device_lacks_is_refused(small):
+    with pytest.raises(ValueError, match=r"rounding 'cvt\.rs': an instruction of GPUs, sm_100a and sm_103a"):
+        train.main([NVFP4, *small, "run.name=cvt-rs", "train.rounding=cvt.rs"])
+
+
 def test_branch_into_another_recipe(finished, small, capsys):
     start_from = f"run.init_from={finished}/step_000010"
     train.main([BF16, *small, "run.name=branch", start_from])
