@@ -97,6 +97,19 @@ def load_native(
 
 
 @triton.jit
+def scaled_dot(
+    a, s, A_FORMAT: tl.constexpr, b, t, B_FORMAT: tl.constexpr, acc, SCALE: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """tl.dot_scaled, of scales that it takes for what they are."""
+    K: tl.constexpr = a.shape[1] * (2 if A_FORMAT == "e2m1" else 1)
+    tl.static_assert(s.shape[1] * GROUP == K and t.shape[1] * GROUP == K, "scales of another group")
+    E4M3: tl.constexpr = SCALE == "e4m3"
+    tl.static_assert(s.dtype == t.dtype and (s.dtype == tl.float8e4nv) == E4M3 and GROUP == (16 if E4M3 else 32),
+                     "scales: float8e4nv of groups of 16, or uint8 (e8m0) of groups of 32")  # fmt: skip
+    return tl.dot_scaled(a, s, A_FORMAT, b, t, B_FORMAT, acc=acc)
+
+
+@triton.jit
 def matmul_kernel(
     a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, alpha_ptr, y_ptr, M, N, K,
     A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, NATIVE: tl.constexpr,
@@ -111,7 +124,7 @@ def matmul_kernel(
         if NATIVE:
             a, s = load_native(a_ptr, a_scale_ptr, m0, k0, M, K, A_FORMAT, SCALE, GROUP, BM, BK, EVEN)
             b, t = load_native(b_ptr, b_scale_ptr, n0, k0, N, K, B_FORMAT, SCALE, GROUP, BN, BK, EVEN)
-            acc = tl.dot_scaled(a, s, A_FORMAT, tl.trans(b), t, B_FORMAT, acc=acc)
+            acc = scaled_dot(a, s, A_FORMAT, tl.trans(b), t, B_FORMAT, acc, SCALE, GROUP)
         else:
             a, c = load_operand(a_ptr, a_scale_ptr, m, k0, M, K, A_FORMAT, SCALE, GROUP, BK, EVEN, APART)
             b, d = load_operand(b_ptr, b_scale_ptr, n, k0, N, K, B_FORMAT, SCALE, GROUP, BK, EVEN, APART)
@@ -140,10 +153,14 @@ def matmul(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """a, b: codes uint8 [M or N, K or K / 2] and scales uint8: plain [M or N, K / group], or, where `native`, in the order of
-    tensor cores, [tiles, 512]. alpha fp32 [1]; formats of a and b; scale: "e4m3" or "e8m0". -> [M, N] in BF16 or fp32."""
+    tensor cores, [tiles, 512]. alpha fp32 [1]; formats of a and b; scale: "e4m3" or "e8m0". -> [M, N] in BF16 or fp32.
+
+    Raises ValueError where `native` and the scales are of groups that the hardware has not."""
     (x, s), (w, t) = a, b
     M, N = x.shape[0], w.shape[0]
     fast = native(capability, *formats)
+    if fast and (scale, group) not in (("e4m3", 16), ("e8m0", 32)):
+        raise ValueError(f"matmul: {scale} scales of groups of {group}: tensor cores take e4m3 of 16 or e8m0 of 32")
     if fast and scale == "e4m3":
         s, t = s.view(torch.float8_e4m3fn), t.view(torch.float8_e4m3fn)
     BM, BN, BK, warps = (128, 128, 256, 4) if fast and capability < 120 else (128, 128, 128, 8) if fast else (128, 64, 64, 8)
