@@ -22,7 +22,7 @@ ready := .venv/.ready-$(DEVICE)
 groups = $(py) -c 'import sys, tomllib; table = tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]; \
 	print(*(line for name in sys.argv[1:] for line in table[name]), sep="\n")'
 
-.PHONY: help setup data train plot compare search eval test test-all kernels-check bench outcomes schema table lint resolve clean run-given config-exists
+.PHONY: help setup data train plot compare search eval test test-all test-gpu kernels-check bench bench-gpu outcomes schema table lint resolve clean run-given config-exists
 .DEFAULT_GOAL := help
 
 help: ## this table
@@ -59,6 +59,14 @@ test-all: $(ready) ## run the tests, with the slow ones
 
 kernels-check: $(ready) ## compile every kernel for every GPU, inspect it, execute its PTX; needs none [ARGS="100 --only nvfp4"]
 	$(py) -m testing.check $(ARGS)
+
+# Where the driver, the device or torch's CUDA is missing, all of it is skipped and says why.
+test-gpu: $(ready) ## the kernel tests on this GPU, and what only hardware answers [ARGS="-k words"]
+	$(py) -m pytest --gpu -rs tests/test_kernels.py tests/test_matmul.py tests/test_gpu.py $(ARGS)
+	$(py) -m testing.settle
+
+bench-gpu: $(ready) ## time the kernels on this GPU for the Linears of three models, against BF16 and a copy [ARGS="--repeats 20"]
+	$(py) bench.py gpu $(ARGS)
 
 bench: $(ready) ## time the quantiser and a Linear, as ratios within one run [ARGS="--size 4096"]
 	$(py) bench.py $(ARGS)

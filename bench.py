@@ -1,4 +1,5 @@
-"""python bench.py [quantise|linear|step|recipes ...] [--size N] [--repeats N]: how long quantising takes, as ratios in one run.
+"""python bench.py [quantise|linear|step|recipes|gpu ...] [--size N] [--tokens N] [--repeats N]: how long quantising takes, as
+ratios in one run.
 
     quantise   one BF16 tensor [N, N] quantised and packed: here, eagerly and compiled, and by torchao, gfloat and pychop where
                they are installed; against a copy of the same tensor, which is what memory alone would take
@@ -8,6 +9,9 @@
                recipe and policy as the config files have them; against BF16
     recipes    a step of every config as it stands, the small model, against tiny-bf16; written to docs/measured.json too, from
                which `make table` makes a column in README.md. Only by name: it compiles for a quarter of an hour at first
+    gpu        the kernels, for each Linear of three models (MODELS): x [8192 tokens, inputs] quantised by NVFP4 along both
+               axes, with its amax, and a copy of x; the block-scaled product with the weight; against torch's BF16 product.
+               Only by name, and on a GPU (make bench-gpu). A small x stays in its cache, to the advantage of quantiser and copy
 
 Times are the least of several repeats, each row of a section in turn after one run to warm up, so that a busy machine slows
 all alike; read the ratios. A row measured on some rows of the tensor is scaled by the element (a small piece stays in the
@@ -35,7 +39,7 @@ import torch
 from torch import Tensor
 
 from configs import Config, load
-from quant import Context, Linear, QuantSpec, Scale, fuse, quantize
+from quant import Context, Linear, QuantSpec, Scale, fuse, kernel, quantize
 from quant.gemm import pick_mode
 from quant.linear import linears
 from quant.random import Key
@@ -67,7 +71,18 @@ TARGETS = {
     ("linear", "nvfp4"): ("bf16", "<=", 1.5),
     ("kept", "nvfp4"): ("bf16", "<=", 0.36),
     **{("step", row): ("bf16", "<=", 1.5) for row in ("mxfp8", "nvfp4", "mor")},
+    # (of a GPU none has been measured; NVFP4 products have four times the rate of BF16's, by data sheets)
+    ("gpu", "12b up, product"): ("12b up, bf16", "<=", 0.4),
+    ("gpu", "12b up, quantise"): ("12b up, copy", "<=", 2.5),
 }
+# d_model, query and key-value heads of 128, the width of the feed-forward (two matrices, squared ReLU), the source.
+MODELS = {
+    "1.2b": (2048, 16, 8, 6144, "arXiv:2509.25149, configs/nvfp4-1.2b.toml"),
+    "8b": (4096, 32, 32, 16384, "Nemotron-3 8B, 32 blocks, by its published config"),
+    "12b": (5120, 40, 8, 20480, "arXiv:2509.25149, attention and feed-forward blocks"),
+}
+ROWS = "bf16", "product", "quantise", "copy"
+BY_NAME = "recipes", "gpu"  # sections that only run when they are named
 
 
 class Table:
@@ -278,6 +293,58 @@ def recipes(table: Table, args: argparse.Namespace, device: torch.device) -> Non
     table.say(f"written to {MEASURED.relative_to(ROOT)}; make table brings README.md up to date")
 
 
+def gpu(table: Table, args: argparse.Namespace, device: torch.device) -> None:
+    if why := _no_gpu(device):
+        table.say(f"gpu: not measured, {why}")
+        return
+    from kernels import capability
+    from kernels.matmul import matmul, native
+
+    T, nv, turned, sm = args.tokens, QuantSpec(), QuantSpec(hadamard=16), capability()
+    generator, fast = torch.Generator(device).manual_seed(0), native(sm, "e2m1", "e2m1")
+    how = "by tensor cores, with their scales" if fast else "decoded to BF16"
+    table.say(f"\nLinears of three models, {T} tokens, NVFP4 on sm_{sm}, products {how}, least of {args.repeats}")
+
+    def operand(x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        q = kernel.encode(x, nv)
+        return (q.packed(), for_tensor_cores(q.scale_codes) if fast else q.scale_codes), q.global_scale
+
+    for model, (d, heads, kv, ffn, source) in MODELS.items():
+        table.say(f"  {model}: {source}")
+        shapes = {"qkv": (d, (heads + 2 * kv) * 128), "out": (heads * 128, d), "up": (d, ffn), "down": (ffn, d)}
+        for name, (inputs, outputs) in shapes.items():
+            x, w = (torch.randn(n, inputs, device=device, generator=generator).to(torch.bfloat16) for n in (T, outputs))
+            (a, outer), (b, other), copy = operand(x), operand(w), torch.empty_like(x)
+            alpha = (outer * other).reshape(1)
+
+            def pair(x=x):
+                return kernel.encode_pair(x, (nv, turned), (None, None), (None, None), (None, None))
+
+            calls = (
+                lambda x=x, w=w: torch.nn.functional.linear(x, w),
+                lambda a=a, b=b, k=inputs, s=alpha: matmul(a, b, s, ("e2m1", "e2m1"), "e4m3", 16, k, sm),
+                pair,
+                lambda x=x, copy=copy: copy.copy_(x),
+            )
+            bytes_ = 2 * x.nbytes + sum(q.nbytes() for q in pair()), 2 * x.nbytes  # (read twice, for the amax first)
+            rows = [f"{model} {name}, {row}" for row in ROWS]
+            found = least({row: Work(call) for row, call in zip(rows, calls, strict=True)}, args.repeats)
+            product = [f"{2 * T * inputs * outputs / found[row] / 1e12:,.1f} TFLOP/s" for row in rows[:2]]
+            moved = [f"{n / found[row] / 1e9:,.0f} GB/s" for n, row in zip(bytes_, rows[2:], strict=True)]
+            table.add("gpu", found, dict(zip(rows, product + moved, strict=True)))
+
+
+def _no_gpu(device: torch.device) -> str:
+    """Why the kernels do not run here, or ""."""
+    return "" if device.type in kernel.DEVICES else f"torch {torch.__version__} sees no CUDA device"
+
+
+def for_tensor_cores(scale: Tensor) -> Tensor:
+    """Scale codes [R, B], R a multiple of 128 and B of 4, in the order of tensor cores (kernels/quantize.py), [tiles, 512]."""
+    R, B = scale.shape
+    return scale.view(R // 128, 4, 32, B // 4, 4).permute(0, 3, 2, 1, 4).reshape(-1, 512)
+
+
 def machine() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M) or [platform.machine()]
@@ -285,25 +352,37 @@ def machine() -> str:
     return f"{torch.get_num_threads()} threads, {', '.join(names)}"
 
 
-SECTIONS = {"quantise": quantise, "linear": linear, "step": step, "recipes": recipes}
+SECTIONS = {"quantise": quantise, "linear": linear, "step": step, "recipes": recipes, "gpu": gpu}
 
 
-def main(argv: list[str]) -> int:
+def arguments(argv: list[str]) -> argparse.Namespace:
     # Without a usage of its own, a misuse is one sentence. `all` is a word, since a default has to be one of the choices.
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=raw)
-    parser.add_argument("what", nargs="*", choices=[*SECTIONS, "all"], default="all", help="default: all but recipes")
+    parser.add_argument(
+        "what", nargs="*", choices=[*SECTIONS, "all"], default="all", help=f"default: all but {', '.join(BY_NAME)}"
+    )
     parser.add_argument("--size", type=int, default=8192, help="N, a multiple of 32; default 8192")
+    parser.add_argument("--tokens", type=int, default=8192, help="of `gpu`, a multiple of 128; default 8192")
     parser.add_argument("--repeats", type=int, default=5, help="default 5; a Linear takes four times as many")
     args = parser.parse_args(argv)
     if args.size % 32 or not 32 <= args.size <= 2**14 or args.repeats < 1:
         parser.error("--size is a multiple of 32 from 32 to 16384, and --repeats at least 1")
+    if args.tokens % 128 or args.tokens < 128:
+        parser.error("--tokens is a multiple of 128")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args, table, device = arguments(argv), Table(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.what == ["gpu"] and _no_gpu(device):
+        gpu(table, args, device)  # says why
+        return 0
     keep_freed_memory()  # as in training
-    table, device = Table(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table.say(f"torch {torch.__version__}, {machine()}")
     table.say(fuse(True))
     for name, section in SECTIONS.items():
-        if name in args.what or ("all" in args.what and name != "recipes"):
+        if name in args.what or ("all" in args.what and name not in BY_NAME):
             section(table, args, device)
     table.say("")
     for how, rows in table.fared.items():

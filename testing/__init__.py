@@ -18,4 +18,5 @@ What uses it:
     operands.py       matrices to quantise, and what was made of them compared with what should have been
     variants.py       the operands of the shipped recipes
     check.py          make kernels-check
+    settle.py         make test-gpu: how cvt.rs uses its random bits
 """

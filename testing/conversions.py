@@ -9,7 +9,7 @@
 cvt.rs, stochastic: the random bits are added to those that are dropped, at their top. Which bits of the operand serve which
 number IS AN ASSUMPTION, the ISA does not say. {a, b, e, f} -> e2m1x4: 8 bits each, a 31:24, e 23:16, b 15:8, f 7:0. -> e4m3x4,
 e5m2x4: as FlashInfer measured on sm_100a, bits 31:16 for a and b, 15:0 for e and f; of b and f as they are, of a and e in
-reverse order.
+reverse order. settle.py asks a GPU.
 
 Refused: .relu, .sat of floats, .satfinite of fp16 and bf16, .rm, .rp and .rna to floats, tf32, 6-bit formats. Source: PTX ISA
 9, cvt.

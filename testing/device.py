@@ -106,4 +106,5 @@ def _argument(value) -> np.ndarray | int | float:
         return value
     if not value.is_contiguous():
         raise ValueError(f"tensor {tuple(value.shape)} with strides {value.stride()}: kernels are given contiguous ones")
-    return value.detach().view(torch.uint8 if value.dtype.is_floating_point and value.itemsize == 1 else value.dtype).numpy()
+    narrow = {1: torch.uint8, 2: torch.int16}.get(value.itemsize) if value.is_floating_point() else None  # as numpy has them
+    return value.detach().view(narrow or value.dtype).numpy()

@@ -11,6 +11,23 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="what a GPU is to be asked, skipped where there is none: make test-gpu")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --gpu all tests want a GPU; without it those that ask the hardware (marked `gpu`) are left out."""
+    asked = config.getoption("--gpu", False)
+    why = "" if asked else "asks the hardware: make test-gpu"
+    if asked:
+        import torch
+
+        why = "" if torch.cuda.is_available() else f"torch {torch.__version__} sees no CUDA device"
+    for item in items:
+        if why and (asked or item.get_closest_marker("gpu")):
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> list[str]:
     """Overrides that turn a config of configs/ into a run of a second: real text, two blocks of width 128, 20 steps."""

@@ -1,0 +1,146 @@
+"""What only hardware answers (marked `gpu`, run by `make test-gpu`), asked of the emulator too, so that the questions are known
+to work: how cvt.rs uses its random bits, what tensor cores make of long sums, and whether lanes that do not run in lock step
+make the same bytes every time. Then bench.py's section for a GPU, small and emulated."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+from kernels import capability as current
+from quant import QuantSpec, kernel, quantize
+from quant.encode import decode, encode
+from quant.gemm import Operand, gemm
+from quant.random import Key
+from testing import settle
+from testing.operands import difference, numbers
+from tests.test_kernels import INTERPRETED, on
+from tests.test_matmul import MX4, MX8, MX8G, NV, product
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="of a GPU, or the emulator in its place")
+
+
+def engines(emulated: int):
+    """The GPU, and an emulated one where there is none."""
+    there = torch.cuda.is_available()
+    return pytest.mark.parametrize("engine", [emulated] * (not there) + [pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+MODELS = {"e2m1": "bytes, those of x1", **dict.fromkeys(("e4m3", "e5m2"), "halves, reversed for x1 and x3")}
+
+
+def ask(engine, name: str, count: int = 2**16) -> settle.Found:
+    if engine == "cuda" and (why := settle.obstacle()):
+        pytest.skip(why)
+    with on(engine):
+        return settle.settle(name, "cuda" if engine == "cuda" else "cpu", count)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@engines(100)
+def test_cvt_rs_uses_its_random_bits_as_the_emulator_assumes(engine, name):
+    found = ask(engine, name, 2**12 if engine == 100 else 2**20)
+    words = "\n".join(settle.report(name, found))
+    assert [title for title in found.fits if title.startswith(MODELS[name])], (
+        f"testing/conversions.py is to be changed\n{words}"
+    )
+
+
+def test_the_map_finds_what_no_hypothesis_says(monkeypatch):
+    """A machine that shares its word otherwise: of E2M1, byte i of the word, each with its bits reversed but for that of x2."""
+    from testing import conversions
+
+    def shares(random, target):
+        parts = [(random >> np.uint32(8 * i)) & np.uint32(255) for i in (3, 2, 1, 0)]
+        return [(part if i == 1 else conversions.reversed16(part << np.uint32(8)), 8) for i, part in enumerate(parts)]
+
+    monkeypatch.setattr(conversions, "random_shares", shares)
+    found = ask(100, "e2m1", 2**12)
+    assert found.fits == ["what the map says"] and found.finest == [8] * 4
+    assert found.places[0][:8].tolist() == list(range(1, 9)) and found.places[2][16:24].tolist() == list(range(8, 0, -1))
+
+
+def test_a_machine_that_carries_nothing_fits_nothing(monkeypatch):
+    from testing import conversions
+
+    monkeypatch.setitem(conversions.STOCHASTIC, "e2m1x4", (lambda x, *_: settle.to_e2m1(x), 4))  # to nearest
+    found = ask(100, "e2m1", 2**12)
+    assert not found.fits and settle.report("e2m1", found)[-1].startswith("  none fits")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu_there_is_nothing_to_ask(capsys):
+    assert settle.main([]) == 0
+    assert capsys.readouterr().out == "testing.settle: nothing to ask, torch sees no CUDA device\n"
+
+
+# --- products ---
+
+
+@pytest.mark.parametrize("specs", [(NV, NV), (MX4, MX4), (MX8, MX8), (MX8G, MX8), (MX8, MX4)], ids=lambda s: s[0].short())
+@engines(80)
+def test_products_against_emulated_ones(engine, specs):
+    """Both are within the bound of fp32 sums in any order (test_matmul.py) of the exact sum, so within twice that of each
+    other: tcgen05 on sm_100 and sm_103, mma.sync with block scales on sm_120, wgmma on sm_90."""
+    M, N, K = (512, 384, 8192) if engine == "cuda" else (128, 64, 256)
+    y, exact, bound = product(engine, specs, M, N, K)
+    operands = [Operand(*decode(quantize(numbers("normal", rows, K), spec))) for rows, spec in zip((M, N), specs, strict=True)]
+    emulated = gemm(*operands, torch.float32, "fp32").double()
+    assert ((emulated - exact).abs() <= bound).all()
+    assert ((y - emulated).abs() <= 2 * bound).all(), float(((y - emulated).abs() / bound).max())
+
+
+# --- races ---
+
+
+@engines(100)
+def test_every_launch_makes_the_same_bytes(engine):
+    M, K = (4096, 8192) if engine == "cuda" else (128, 256)
+    x, specs = numbers("normal", M, K), (QuantSpec(rounding="stochastic8"), QuantSpec(rounding="stochastic8", hadamard=16))
+    keys = Key(1, use=0), Key(1, use=4)
+    wanted = encode(x, specs[0], keys[0]), encode(x.t(), specs[1], keys[1])
+    for _ in range(10 if engine == "cuda" else 1):
+        with on(engine):
+            made = kernel.encode_pair(x.cuda() if engine == "cuda" else x, specs, keys, (None, None), (None, None))
+        for a, b in zip(made, wanted, strict=True):
+            assert not difference(a, b)
+
+
+# --- bench.py gpu ---
+
+
+def test_the_bench_of_a_gpu_runs(monkeypatch, capsys):
+    """Emulated on sm_120, whose products the emulator knows, at a size that says nothing about time."""
+    from testing.device import emulated
+
+    monkeypatch.setattr(kernel, "DEVICES", {"cpu"})
+    monkeypatch.setattr(bench, "fuse", lambda on: "")
+    monkeypatch.setattr(bench, "MODELS", {"tiny": (128, 1, 1, 128, "nothing")})
+    table = bench.Table()
+    with emulated(120) as launches:
+        bench.gpu(table, bench.arguments(["gpu", "--tokens", "128", "--repeats", "1"]), torch.device("cpu"))
+        assert current() == 120
+    assert {launch.name for launch in launches} >= {"quantize_kernel", "matmul_kernel"}
+    rows = [re.match(r"  (tiny \w+, .*?)  +([\d.]+) ms +([\d.]+) x", line) for line in table.lines]
+    found = {row[1]: float(row[2]) for row in rows if row}
+    assert list(found) == [f"tiny {name}, {what}" for name in ("qkv", "out", "up", "down") for what in bench.ROWS]
+    assert all(math.isfinite(t) for t in found.values()) and max(found.values()) > 0
+    assert any("GB/s" in line for line in table.lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu_the_bench_says_so(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    assert bench.main(["gpu"]) == 0
+    assert capsys.readouterr().out == f"gpu: not measured, torch {torch.__version__} sees no CUDA device\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scales_go_where_tensor_cores_look():
+    from tests.test_matmul import swizzled
+
+    scale = torch.arange(256 * 8, dtype=torch.int32).view(256, 8).to(torch.uint8)
+    assert torch.equal(bench.for_tensor_cores(scale), swizzled(scale))
