@@ -33,10 +33,10 @@ from typing import NamedTuple
 import torch
 
 from kernels import HAVE_RS
-from kernels.matmul import matmul, native
+from kernels.matmul import matmul, native, per
 from quant import kernel
 from quant.encode import encode
-from quant.qtensor import QTensor
+from quant.qtensor import QTensor, tiled
 from quant.random import Key
 from testing.device import Launch, compiled, emulated
 from testing.inspection import SHARED, TENSOR_COLUMNS, anatomy
@@ -140,41 +140,68 @@ def check(what: Variant | ByRs, capability: int, budget: float | None) -> Row:
 
 
 PRODUCTS = {
-    # formats of both operands, format and group of their scales -> what the PTX has, by architecture
+    # formats of both operands, format and group of their scales -> what the PTX has, by architecture; elsewhere it is decoded
     ("e2m1", "e2m1", "e4m3", 16): {100: ["kind::mxf4nvf4.block_scale.block16"], 120: ["scale_vec::4X", "ue4m3"]},
     ("e2m1", "e2m1", "e8m0", 32): {100: ["kind::mxf4.block_scale.block32"], 120: ["scale_vec::2X", "ue8m0"]},
     ("e4m3", "e4m3", "e8m0", 32): {100: ["kind::mxf8f6f4.block_scale.block32"], 120: ["kind::mxf8f6f4", "scale_vec::1X"]},
     ("e5m2", "e4m3", "e8m0", 32): {100: ["kind::mxf8f6f4.block_scale.block32"], 120: ["e5m2.e4m3", "scale_vec::1X"]},
     ("e4m3", "e2m1", "e8m0", 32): {100: ["kind::mxf8f6f4.block_scale.block32"]},
+    ("e4m3", "e4m3", "none", 0): {
+        90: ["wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"],
+        100: ["tcgen05.mma.cta_group::1.kind::f8f6f4"],
+        120: ["mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"],
+    },
 }
-ANYWHERE = {80: "mma.sync.aligned.m16n8k16.row.col.f32.bf16", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+DECODED = {
+    **dict.fromkeys((80, 120), ["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16"]),
+    90: ["wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"],
+}
+# M, N, dtype, and K in groups (or 12 codes): large; large and ragged; small, mostly in rows that TMA does not take.
+SIZES = (1536, 2816, torch.bfloat16, 32), (1000, 24_000, torch.float32, 36), (250, 253, torch.float32, 17)
 
 
 def check_product(kind: tuple[str, str, str, int], capability: int) -> Row:
-    """A block-scaled product compiles, to the instructions of its architecture. (Numbers: tests/test_matmul.py.)"""
-    a_format, b_format, scale, group = kind
-    M, N, K, name = 256, 256, 512, f"product {a_format} x {b_format}, {scale}/{group}"
-    fast = native(capability, a_format, b_format)
-
-    def operand(rows: int, fmt: str) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = torch.zeros(rows, K // 2 if fmt == "e2m1" else K, dtype=torch.uint8)
-        size = (rows // 128 * K // group // 4, 512) if fast else (rows, K // group)
-        return codes, torch.zeros(size, dtype=torch.uint8)
-
-    with compiled(capability) as launches:
-        matmul(operand(M, a_format), operand(N, b_format), torch.ones(1), kind[:2], scale, group, K, capability)
-    (launch,) = launches
-    found, ptx, failures = anatomy(launch.kernel, capability), launch.kernel.asm["ptx"], []
-    if found.spilled:
-        failures.append(f"{found.spilled} bytes spilled")
-    if found.shared > SHARED[capability] or found.tensor > TENSOR_COLUMNS:
-        failures.append(f"{found.shared} bytes of shared memory and {found.tensor} columns of tensor memory are too much")
-    family = 100 if capability == 103 else capability
-    words = [ANYWHERE[family], *(PRODUCTS[kind].get(family, []) if fast else [])]
-    failures += [f"its PTX has no {word}" for word in words if word not in ptx]
-    product = launch.constants["BM"] * launch.constants["BN"] * launch.constants["BK"]
-    count = found.count * 32 * launch.kernel.metadata.num_warps / product
+    """A product compiles, to the instructions of its architecture, and its operands reach the tensor cores by copies that run
+    ahead of the product. (Numbers: tests/test_matmul.py.)"""
+    *formats, scale, group = kind
+    name, failures, shown = f"product {' x '.join(formats)}, {scale}/{group}", [], None
+    for M, N, dtype, groups in SIZES[: 1 if capability == 103 else None]:  # (what differs from sm_100 is the target)
+        K = groups * (group or 12)
+        operands = []
+        for rows, fmt in ((M, formats[0]), (N, formats[1])):
+            plain = torch.zeros(rows, K // (group or 1), dtype=torch.uint8)
+            scales = tiled(plain) if native(formats, scale, group, capability) else plain
+            operands.append((torch.zeros(rows, K // per(fmt), dtype=torch.uint8), scales if group else None))
+        with compiled(capability) as launches:
+            factors = torch.ones(()), None if scale != "none" else torch.ones(N, 1)
+            matmul(*operands, factors, tuple(formats), scale, group, K, capability, dtype)
+        (launch,) = launches
+        found, words = anatomy(launch.kernel, capability), []
+        if found.spilled:
+            words.append(f"{found.spilled} bytes spilled")
+        if found.shared > SHARED[capability] or found.tensor > TENSOR_COLUMNS:
+            words.append(f"{found.shared} bytes of shared memory and {found.tensor} columns of tensor memory are too much")
+        words += wanting(kind, launch, capability)
+        failures += [f"{M} x {N} x {K}: {each}" for each in words]
+        shown = shown or (found, found.count * 32 * launch.kernel.metadata.num_warps, launch.constants)
+    found, lanes, cut = shown
+    count = lanes / (cut["BM"] * cut["BN"] * cut["BK"])
     return Row(name, capability, found.registers, found.spilled, found.shared, count, 0.0, 0, failures)
+
+
+def wanting(kind: tuple[str, str, str, int], launch: Launch, capability: int) -> list[str]:
+    """What the PTX of a product should have, or not have."""
+    ptx, how = launch.kernel.asm["ptx"], launch.constants["HOW"]
+    family = 100 if capability == 103 else capability
+    words = DECODED[family] if how == "decoded" else PRODUCTS[kind][family]
+    words = [*words, "cp.async.bulk.tensor.2d" if launch.constants["TMA"] else "cp.async.c"]
+    if how == "scaled" and family == 100:
+        words += ["tcgen05.cp", "cp.async.bulk.tensor.5d"] if launch.constants["TMA"] else ["tcgen05.cp"]
+    failures = [f"its PTX has no {word}" for word in words if word not in ptx]
+    # Once: the zeros that the sum begins with. Scales in registers would be stored in each step.
+    if (count := len(re.findall(r"tcgen05\.st\b", ptx))) != (family == 100):
+        failures.append(f"its PTX has {count} tcgen05.st")
+    return failures
 
 
 def required(variant: Variant, capability: int, how: str) -> list[str]:

@@ -101,10 +101,10 @@ def emulated(capability: int):
 
 
 def _argument(value) -> np.ndarray | int | float:
-    """A tensor as an array that shares its memory."""
+    """A tensor as an array that shares its memory: its bits, where numpy has no such floats."""
     if not isinstance(value, torch.Tensor):
         return value
     if not value.is_contiguous():
         raise ValueError(f"tensor {tuple(value.shape)} with strides {value.stride()}: kernels are given contiguous ones")
-    narrow = {1: torch.uint8, 2: torch.int16}.get(value.itemsize) if value.is_floating_point() else None  # as numpy has them
-    return value.detach().view(narrow or value.dtype).numpy()
+    small = value.dtype.is_floating_point and value.dtype not in (torch.float16, torch.float32, torch.float64)
+    return value.detach().view((torch.uint8 if value.itemsize == 1 else torch.int16) if small else value.dtype).numpy()

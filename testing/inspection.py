@@ -15,7 +15,7 @@ from typing import NamedTuple
 from triton import knobs
 
 # Shared memory a block may have, bytes; tensor memory, columns (CUDA C++ programming guide, technical specifications).
-SHARED = {80: 166912, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
+SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 TENSOR_COLUMNS = 512
 
 

@@ -1,6 +1,7 @@
 """mma.sync: D = A B + C by a warp. A [16, K], B [K, 8], C and D [16, 8] in fp32.
 
     m16n8k8, m16n8k16                     fp16, bf16
+    m16n8k32                              e4m3, e5m2
     m16n8k64, kind::mxf4nvf4, mxf4        e2m1, a scale (ue4m3 or ue8m0) for every 16 or 32 along K
     m16n8k32, kind::mxf8f6f4              e4m3, e5m2, e2m1 in bytes (bits 5:2), a ue8m0 scale for every 32
 
@@ -25,7 +26,8 @@ from testing.ptx import Immediate, Vector
 WORD, SINGLE = UNSIGNED[32], DTYPES["f32"]
 GROUP, THREAD = np.arange(32) // 4, np.arange(32) % 4
 HALVES = {"f16": f16_to_f32, "bf16": bf16_to_f32}
-SMALL = {"e2m1": from_e2m1, "e4m3": from_e4m3, "e5m2": from_e5m2}
+EIGHTS = {"e4m3": from_e4m3, "e5m2": from_e5m2}
+SMALL = {"e2m1": from_e2m1, **EIGHTS}
 # kind -> K, bits of an element, blocks along K -> types of their scales, types of elements
 SCALED = {
     "kind::mxf4nvf4": (64, 4, {4: ("ue4m3",), 2: ("ue8m0",)}, ("e2m1",)),
@@ -44,15 +46,19 @@ def decode_mma(op: Opcode) -> Operation:
 def decode_plain(op: Opcode) -> Operation:
     shape, types = op.words[0], op.words[1:]
     op.words = []
-    found = re.fullmatch(r"m16n8k(8|16)", shape)
-    if not found or len(types) != 4 or types[1] not in HALVES or types != ["f32", types[1], types[1], "f32"]:
+    found = re.fullmatch(r"m16n8k(8|16|32)", shape)
+    if not found or len(types) != 4 or types[0] != "f32" or types[3] != "f32":
         raise NotImplementedError(op.text)
-    depth, decode = int(found[1]), HALVES[types[1]]
+    depth, (type_a, type_b) = int(found[1]), types[1:3]
+    decoders = EIGHTS if depth == 32 else HALVES
+    if not {type_a, type_b} <= set(decoders) or (depth < 32 and type_a != type_b):
+        raise NotImplementedError(op.text)
+    bits = 8 if depth == 32 else 16
 
     def execute(lanes, operands, active):
         lanes.whole_warps(active, op.text)
-        a = gathered_a(elements(lanes, operands[1], 16, decode), depth)
-        b = gathered_b(elements(lanes, operands[2], 16, decode), depth)
+        a = gathered_a(elements(lanes, operands[1], bits, decoders[type_a]), depth)
+        b = gathered_b(elements(lanes, operands[2], bits, decoders[type_b]), depth)
         finish(lanes, operands, a @ b, active)
 
     return Operation(execute, approximate=True)

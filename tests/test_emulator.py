@@ -952,9 +952,9 @@ made = {}
 types = dict(x_ptr="*fp32", y_ptr="*bf16", s_ptr="*fp32", n="i32", repeats="i32")
 for capability in (80, 90, 100, 120):
     made[f"scaled {capability}"] = build(scaled, capability, types, B=1024)
-for name, kind in (("bf16", "*bf16"), ("fp16", "*fp16")):
-    types = dict(a_ptr=kind, b_ptr=kind, c_ptr="*fp32", K="i32")
-    made[f"product {name}"] = build(product, 80, types, M=32, N=32, BK=32)
+for name, a, b in (("bf16", "*bf16", "*bf16"), ("fp16", "*fp16", "*fp16"), ("fp8", "*fp8e5", "*fp8e4nv")):
+    types = dict(a_ptr=a, b_ptr=b, c_ptr="*fp32", K="i32")
+    made[f"product {name}"] = build(product, 89, types, M=32, N=32, BK=32)
 for name, a, b, of_a, of_b, scale, pack, block in (
     ("nvfp4", "e2m1", "e2m1", "*u8", "*u8", "*fp8e4nv", 2, 16),
     ("mxfp4", "e2m1", "e2m1", "*u8", "*u8", "*u8", 2, 32),
@@ -999,15 +999,22 @@ def test_a_kernel(compiled, capability):
     assert not lanes.approx and lanes.count["bar"]
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16"])
-def test_a_product(compiled, kind):
-    """Of integers, whose sums are exact."""
+@pytest.mark.parametrize(
+    ("kind", "dtypes", "largest"),
+    [
+        ("bf16", (torch.bfloat16, torch.bfloat16), 40),
+        ("fp16", (torch.float16, torch.float16), 40),
+        ("fp8", (torch.float8_e5m2, torch.float8_e4m3fn), 8),
+    ],
+)
+def test_a_product(compiled, kind, dtypes, largest):
+    """Of numbers that are integers, whose sums are exact."""
     ptx, shared = compiled[f"product {kind}"]
-    dtype = torch.bfloat16 if kind == "bf16" else torch.float16
     g = torch.Generator().manual_seed(1)
-    a, b = (torch.randint(-40, 41, (32, 96), generator=g).to(dtype) for _ in range(2))
+    a, b = (torch.randint(-largest, largest + 1, (32, 96), generator=g).to(dtype) for dtype in dtypes)
     c = np.zeros((32, 32), np.float32)
-    lanes = run_kernel(ptx, (1,), [a.view(torch.int16).numpy(), b.view(torch.int16).numpy(), c, 96], shared)
+    given = [x.view(torch.uint8 if x.itemsize == 1 else torch.int16).numpy() for x in (a, b)]
+    lanes = run_kernel(ptx, (1,), [*given, c, 96], shared)
     np.testing.assert_array_equal(c, (a.float() @ b.float().T).numpy())
     assert any(opcode.startswith("mma.sync") for opcode in lanes.approx)
 

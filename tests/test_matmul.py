@@ -1,20 +1,40 @@
-"""The block-scaled product of kernels/matmul.py against exact sums of what the operands stand for."""
+"""The product of kernels/matmul.py against exact sums of what the operands stand for.
+
+wgmma, tcgen05 and TMA are not executed without a GPU: what sm_90 and sm_100 are given is tested in the interpreter, which reads
+by the same descriptors and scales, and `make kernels-check` looks at the instructions.
+"""
 
 import pytest
 import torch
 
 from kernels import capability as current
 from kernels import target_at
-from kernels.matmul import matmul, native
+from kernels.matmul import matmul, native, obstacle, tile, way
 from kernels.quantize import Given
 from kernels.quantize import quantize as quantize_both
 from quant import QuantSpec, Scale, launch, quantize
-from tests.test_kernels import CUDA, ENGINES, numbers, on
+from quant.qtensor import tiled
+from tests.test_kernels import CUDA, ENGINES, INTERPRETED, numbers, on
 
 NV = QuantSpec()
 MX4 = QuantSpec("e2m1", (1, 32), Scale("e8m0"))
 MX8 = QuantSpec("e4m3", (1, 32), Scale("e8m0"))
 MX8G = QuantSpec("e5m2", (1, 32), Scale("e8m0"))
+TENSOR = QuantSpec("e5m2", (-1, -1), Scale("fp32"))
+ROWS = QuantSpec("e4m3", (1, -1), Scale("fp32"))
+FOUR = QuantSpec("e2m1", (1, -1), Scale("fp32"))
+PAIRS = {
+    "nvfp4": (NV, NV),
+    "mxfp4": (MX4, MX4),
+    "mxfp8": (MX8, MX8),
+    "e5m2": (MX8G, MX8),
+    "mixed": (MX8, MX4),
+    "fp8 tensor and rows": (TENSOR, ROWS),
+    "fp8 rows": (ROWS, ROWS),
+    "e2m1 rows": (FOUR, ROWS),
+}
+SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in (89, 120)]
+MACHINES = [80, *SLOW] if isinstance(ENGINES[0], int) else ENGINES
 
 
 def swizzled(scale: torch.Tensor) -> torch.Tensor:
@@ -27,40 +47,132 @@ def swizzled(scale: torch.Tensor) -> torch.Tensor:
     return out.view(-1, 512)
 
 
-def product(engine, specs, M: int, N: int, K: int, dtype=torch.float32):
-    """-> y of the kernel; the exact one, fp64; and the bound on their difference."""
+def product(engine, specs, M: int, N: int, K: int, dtype=torch.float32, capability=None):
+    """-> y of the kernel; the exact one, fp64; and the bound on their difference. capability: as on which GPU, where the
+    interpreter runs it."""
     operands = [quantize(numbers("normal", rows, K), spec) for rows, spec in zip((M, N), specs, strict=True)]
     formats = tuple(spec.format for spec in specs)
-    outer = [q.global_scale if q.global_scale is not None else torch.ones(()) for q in operands]
-    alpha = (outer[0] * outer[1]).reshape(1)
+    blocks = specs[0].block[1] > 0
+    scale, group = (specs[0].scale.format, specs[0].block[1]) if blocks else ("none", 0)
+    factors = [q.global_scale if blocks else q.scale_codes for q in operands]
     with on(engine):
-        capability = current()
-        fast = native(capability, *formats)
-        given = [(q.packed(), swizzled(q.scale_codes) if fast else q.scale_codes) for q in operands]
-        given = [tuple(t.cuda() for t in pair) for pair in given] if CUDA else given
-        scale, group = specs[0].scale.format, specs[0].block[1]
-        y = matmul(*given, alpha.cuda() if CUDA else alpha, formats, scale, group, K, capability, dtype).cpu()
-    x, w = (q.dequantize().double() / o for q, o in zip(operands, outer, strict=True))
-    # Sums of K terms in fp32, in any order, toward zero at worst, then two roundings: alpha's and that to the dtype.
-    ulp = 2.0**-23
-    bound = (x.abs() @ w.abs().t()) * alpha.double() * (K * ulp) * 1.01
-    return y.double(), x @ w.t() * alpha.double(), bound + (x @ w.t() * alpha.double()).abs() * 2 * ulp
+        capability = current() if capability is None else capability
+        order = swizzled if native(formats, scale, group, capability) else torch.Tensor.contiguous
+        given = [(q.packed(), order(q.scale_codes) if blocks else None) for q in operands]
+        if CUDA:
+            given, factors = ([tuple(t and t.cuda() for t in pair) for pair in given], [f and f.cuda() for f in factors])
+        y = matmul(*given, factors, formats, scale, group, K, capability, dtype).cpu().double()
+    x, w = (q.dequantize().double() for q in operands)
+    exact = x @ w.t()
+    # Sums of K terms in fp32, in any order, toward zero at worst, then a product with that of the factors, and a rounding to
+    # the dtype. (dequantize rounds code * factor to fp32, half an ulp of each of two operands.)
+    ulp, last = 2.0**-23, torch.finfo(dtype).eps / 2
+    return y, exact, (x.abs() @ w.abs().t()) * (K + 1) * ulp * 1.01 + exact.abs() * (2 * ulp + last) * 1.01
 
 
-@pytest.mark.parametrize("engine", [80, pytest.param(120, marks=pytest.mark.slow)] if isinstance(ENGINES[0], int) else ENGINES)
+@pytest.mark.parametrize("engine", MACHINES)
+@pytest.mark.parametrize("name", PAIRS)
+def test_products(name, engine):
+    group = max(2, *(spec.block[1] for spec in PAIRS[name]))
+    for M, N, K in ((128, 128, 256), (96, 112, 9 * group), (33, 71, group), (1, 257, 3 * group)):
+        y, exact, bound = product(engine, PAIRS[name], M, N, K)
+        assert ((y - exact).abs() <= bound).all(), (M, N, K, float(((y - exact).abs() / bound).max()))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tcgen05, wgmma and TMA are not emulated")
 @pytest.mark.parametrize(
-    "specs", [(NV, NV), (MX4, MX4), (MX8, MX8), (MX8G, MX8), (MX8, MX4)], ids=["nvfp4", "mxfp4", "mxfp8", "e5m2", "mixed"]
+    ("name", "capability"),
+    [
+        *((name, 100) for name in PAIRS),
+        ("nvfp4", 120),
+        ("mxfp8", 120),
+        ("nvfp4", 90),
+        ("fp8 rows", 90),
+        ("fp8 tensor and rows", 89),
+    ],
 )
-def test_products(specs, engine):
-    y, exact, bound = product(engine, specs, 128, 128, 256)
-    assert ((y - exact).abs() <= bound).all(), float(((y - exact).abs() / bound).max())
-    y, exact, bound = product(engine, specs, 96, 112, 288)
-    assert ((y - exact).abs() <= bound).all(), "ragged"
+def test_what_other_gpus_are_given(name, capability):
+    """Rows of 16 bytes, which TMA reads, and others; tiles that are and are not whole; an operand of more than one tile."""
+    group = max(2, *(spec.block[1] for spec in PAIRS[name]))
+    for M, N, K in ((256, 128, 512), (130, 264, 320), (40, 24, 3 * group)):
+        y, exact, bound = product("interpreter", PAIRS[name], M, N, K, torch.bfloat16, capability)
+        assert ((y - exact).abs() <= bound).all(), (M, N, K, float(((y - exact).abs() / bound).max()))
 
 
-def test_mixed_formats_are_no_native_product_of_sm_120():
-    assert native(100, "e4m3", "e2m1") and not native(120, "e4m3", "e2m1") and native(120, "e5m2", "e4m3")
-    assert not any(native(capability, "e2m1", "e2m1") for capability in (0, 80, 89, 90))
+@pytest.mark.skipif(not INTERPRETED, reason="TMA is not emulated")
+def test_the_large_tile(monkeypatch):
+    """Of two halves of columns; given to what is too small for it, since it takes a minute to interpret what is not."""
+    monkeypatch.setattr("kernels.matmul.tile", lambda *_: tile("scaled", True, ("e2m1", "e2m1"), 4096, 4096, 100))
+    assert tile("scaled", True, ("e2m1", "e2m1"), 4096, 4096, 100).BN == 256
+    y, exact, bound = product("interpreter", PAIRS["nvfp4"], 130, 300, 512, capability=100)
+    assert ((y - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES[:1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_factors_are_multiplied_first_and_y_is_rounded_once(engine, dtype):
+    """Bit for bit, as quant/gemm.py has it: sums of these integers are exact."""
+    engine = engine if engine in ("interpreter", "cuda") else 80
+    generator = torch.Generator().manual_seed(3)
+    M, N, K = 48, 80, 64
+    x, w = (torch.randint(-8, 9, (rows, K), generator=generator).float() for rows in (M, N))
+    f, g = (torch.rand(rows, 1, generator=generator) * 3 for rows in (M, N))
+    codes = [(t.to(torch.float8_e4m3fn).view(torch.uint8).to("cuda" if CUDA else "cpu"), None) for t in (x, w)]
+    for one, other in ((f, g), (f[0, 0], g), (f, g[:1]), (f[0, 0], g[0, 0]), (None, g), (f, None), (None, None)):
+        with on(engine):
+            given = [t.cuda() if CUDA and t is not None else t for t in (one, other)]
+            y = matmul(*codes, given, ("e4m3", "e4m3"), "none", 0, K, current(), dtype).cpu()
+        one, other = (torch.ones(()) if t is None else t for t in (one, other))
+        wanted = ((x @ w.t()) * (one * (other.t() if other.ndim else other))).to(dtype)
+        assert torch.equal(y, wanted)
+
+
+def test_what_is_native_where():
+    FP4, MIXED, FP8 = ("e2m1", "e2m1"), ("e4m3", "e2m1"), ("e5m2", "e4m3")
+    assert native(MIXED, "e8m0", 32, 100) and not native(MIXED, "e8m0", 32, 120) and native(FP8, "e8m0", 32, 120)
+    assert native(FP4, "e4m3", 16, 103) and not native(FP4, "e4m3", 32, 120) and not native(FP8, "e4m3", 16, 100)
+    assert not any(native(FP4, "e4m3", 16, capability) for capability in (0, 80, 89, 90))
+    assert [way(FP8, "none", 0, c) for c in (0, 80, 89, 90, 120)] == ["decoded"] * 2 + ["plain"] * 3
+    assert way(MIXED, "none", 0, 100) == way(FP4, "none", 0, 100) == way(FP8, "e4m3", 16, 100) == "decoded"
+
+
+@pytest.mark.parametrize(
+    ("why", "change"),
+    [
+        ("elements int8", {"formats": ("int8", "e4m3")}),
+        ("scales fp32", {"scale": "fp32"}),
+        ("groups of 128", {"group": 128}),
+        ("K = 80, expected a multiple of 32", {"K": 80}),
+        ("K = 33, expected a multiple of 2", {"scale": "none", "K": 33, "formats": ("e2m1", "e4m3")}),
+        ("sizes 64 x 64 x 0", {"K": 0}),
+        ("sm_75", {"capability": 75}),
+        ("codes of b: torch.uint8 [64, 128], expected torch.uint8 [64, 64]", {"formats": ("e4m3", "e2m1")}),
+        (
+            "scales of a: torch.uint8 [64, 4], expected torch.uint8 [1, 512]",
+            {"capability": 100, "formats": ("e4m3", "e4m3"), "K": 128},
+        ),
+        ("scales of a: torch.uint8 [64, 4], expected torch.uint8 [64, 8]", {"scale": "e4m3", "group": 16}),
+        ("factor of a: torch.float64 [1], expected torch.float32 [1]", {"factor": torch.ones(1, dtype=torch.float64)}),
+        ("factor of a: torch.float32 [3, 1], expected torch.float32 [64, 1]", {"factor": torch.ones(3, 1)}),
+    ],
+)
+def test_what_it_cannot_it_says(why, change):
+    kind = {"formats": ("e4m3", "e4m3"), "scale": "e8m0", "group": 32, "K": 128, "capability": 80} | change
+    factor = kind.pop("factor", None)
+    operand = torch.zeros(64, 128, dtype=torch.uint8), torch.zeros(64, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError) as found:
+        matmul(operand, operand, (factor, None), **kind)
+    assert why in str(found.value)
+    if "expected torch" not in why:
+        assert why in obstacle(M=64, N=64, **kind)
+    else:
+        assert not obstacle(M=64, N=64, **kind)
+
+
+def test_scales_in_tiles():
+    for rows, count in ((128, 4), (1, 1), (130, 6), (300, 12)):
+        scale = torch.randint(0, 256, (rows, count), generator=torch.Generator().manual_seed(rows)).to(torch.uint8)
+        assert torch.equal(tiled(scale), swizzled(scale))
 
 
 @pytest.mark.parametrize("engine", ENGINES[:1])

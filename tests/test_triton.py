@@ -93,19 +93,18 @@ def test_the_quantiser_is_exact_there(name, capability):
         assert (found.scale_codes == 127).all()
 
 
-def operands(scale: torch.dtype) -> tuple:
-    """Of a product of 128 x 128 x 128 in NVFP4."""
-    codes, scales = torch.zeros(128, 64, dtype=torch.uint8), torch.zeros(2, 512, dtype=torch.uint8).view(scale)
-    return codes, scales, codes, scales, torch.ones(1), torch.empty(128, 128)
+def operand(scale: torch.dtype) -> tuple:
+    """Codes and scales of 128 x 128 in NVFP4."""
+    return torch.zeros(128, 64, dtype=torch.uint8), torch.zeros(2, 512, dtype=torch.uint8).view(scale)
 
 
 @pytest.mark.parametrize(("capability", "words"), [(120, ["scale_vec::4X", "ue4m3"]), (100, ["mxf4nvf4.block_scale.block16"])])
 def test_nvfp4_is_multiplied_as_nvfp4(capability, words):
     from testing.device import compiled
 
-    a, s, b, t, alpha, _ = operands(torch.uint8)
+    a = operand(torch.uint8)
     with compiled(capability) as launches:
-        matmul((a, s), (b, t), alpha, ("e2m1", "e2m1"), "e4m3", 16, 128, capability)
+        matmul(a, a, (None, None), ("e2m1", "e2m1"), "e4m3", 16, 128, capability)
     ptx = launches[0].kernel.asm["ptx"]
     assert [word for word in [*words, "kind::mxf4nvf4"] if word not in ptx] == []
     assert "ue8m0" not in ptx and "scale_vec::2X" not in ptx
@@ -115,17 +114,11 @@ def test_nvfp4_is_multiplied_as_nvfp4(capability, words):
 def test_scales_that_tensor_cores_would_misread_do_not_compile(dtype, group):
     from testing.device import compiled
 
+    a = [*operand(dtype), torch.ones(1), 4] * 2 + [torch.empty(128, 128)]
     with compiled(120), pytest.raises(CompilationError, match="scales"):
         matmul_kernel[(1, 1)](
-            *operands(dtype), 128, 128, 128, "e2m1", "e2m1", "e4m3", group, True, True, 128, 128, 128, num_warps=8
-        )
-
-
-@pytest.mark.parametrize(("scale", "group"), [("e4m3", 32), ("e8m0", 16)])
-def test_scales_of_other_groups_are_refused(scale, group):
-    a, s, b, t, alpha, _ = operands(torch.uint8)
-    with pytest.raises(ValueError, match=f"matmul: {scale} scales of groups of {group}: .* e4m3 of 16 or e8m0 of 32"):
-        matmul((a, s), (b, t), alpha, ("e2m1", "e2m1"), scale, group, 128, 120)
+            *a, 128, 128, 128, False, False, "e2m1", "e2m1", "e4m3", group, "scaled", False, True, 128, 128, 128, 16, num_warps=8
+        )  # fmt: skip
 
 
 @triton.jit
