@@ -32,22 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
-
-@triton.jit
-def decode(code, FORMAT: tl.constexpr):
-    """uint8 codes (of E2M1: in the lower four bits) -> fp32. Exponent and mantissa are those of fp32, but for the bias."""
-    c = code.to(tl.int32)
-    if FORMAT == "e2m1":
-        return (((c & 7) << 22) | ((c & 8) << 28)).to(tl.float32, bitcast=True) * 2.0**126
-    elif FORMAT == "e4m3":
-        value = (((c & 0x7F) << 20) | ((c & 0x80) << 24)).to(tl.float32, bitcast=True) * 2.0**120
-        return tl.where((c & 0x7F) == 0x7F, float("nan"), value)
-    elif FORMAT == "e5m2":
-        value = (((c & 0x7F) << 21) | ((c & 0x80) << 24)).to(tl.float32, bitcast=True) * 2.0**112
-        return tl.where((c & 0x7F) > 0x7C, float("nan"), tl.where((c & 0x7F) == 0x7C, value * float("inf"), value))
-    else:  # e8m0
-        value = tl.where(c == 0, 1 << 22, c << 23).to(tl.float32, bitcast=True)
-        return tl.where(c == 255, float("nan"), value)
+from kernels.numerics import decode
 
 
 @triton.jit

@@ -43,6 +43,15 @@ class Float(NamedTuple):
     parts: float
 
 
+# Those that products have (kernels/matmul.py), which knows them by name.
+FLOATS = {
+    "e2m1": Float("e2m1", 4, 2, 1, 127, 7, 7, True, 2.0**25),
+    "e4m3": Float("e4m3", 8, 4, 3, 121, 0x7E, 0x7F, True, 2.0**33),
+    "e5m2": Float("e5m2", 8, 5, 2, 113, 0x7B, 0x7F, True, 2.0**40),
+    "e8m0": Float("e8m0", 8, 8, 0, 1, 254, 255, False, 2.0**150),
+}
+
+
 class Target(NamedTuple):
     """What the GPU has: f32x2 arithmetic, cvt to e2m1x2, cvt to e4m3x2 and e5m2x2 that rounds right, max of bf16x2. rs: cvt.rs
     is to round stochastically (8 bits) in place of exact arithmetic."""
@@ -182,6 +191,38 @@ def encode(p, rand, f: tl.constexpr, ROUNDING: tl.constexpr, N: tl.constexpr):
     if f.signed:
         code = code | ((u >> (31 - E - M)) & (1 << (E + M)))
     return tl.where(a > 0x7F800000, f.nan, code)
+
+
+@triton.constexpr_function
+def float_named(f):
+    """A Float, given itself or the name of one of FLOATS."""
+    return FLOATS[f] if isinstance(f, str) else Float(*f)
+
+
+@triton.jit
+def decode(code, f: tl.constexpr):
+    """Codes of a small float (of four bits: in the lower four) or of e8m0 -> fp32, exactly. f: a Float, or the name of one of
+    FLOATS. Exponent and mantissa are those of fp32 but for the bias, of subnormal numbers too: a product puts it right."""
+    g: tl.constexpr = float_named(f)
+    c = code.to(tl.int32)
+    if g.name == "e8m0":
+        value = tl.where(c == 0, 1 << 22, c << 23).to(tl.float32, bitcast=True)
+        return tl.where(c == 255, float("nan"), value)
+    else:
+        N: tl.constexpr = g.exponent + g.mantissa
+        magnitude = c & ((1 << N) - 1)
+        u = magnitude << (23 - g.mantissa)
+        if g.signed:
+            u = u | ((c << (31 - N)) & -2147483648)
+        value = u.to(tl.float32, bitcast=True) * 2.0 ** (g.lowest - 1 if g.lowest < 129 else 127)
+        if g.lowest > 128:
+            value = value * 2.0 ** (g.lowest - 128)
+        INFINITE: tl.constexpr = g.nan > g.top and (g.top + 1) % (1 << g.mantissa) == 0  # (as in IEEE: one Inf, then NaN)
+        if INFINITE:
+            value = tl.where(magnitude == g.top + 1, value * float("inf"), value)
+        if g.nan > g.top:
+            value = tl.where(magnitude > g.top + INFINITE, float("nan"), value)
+        return value
 
 
 @triton.jit

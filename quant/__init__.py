@@ -1,8 +1,8 @@
 """Quantisation as data: formats, specs, recipes, and the reference semantics in plain torch.
 
 Modules import in one direction:
-fuse < rounding, random < codebooks < formats < spec < choice < recipe, scaling, transform < qtensor < encode, mixed < choose,
-metrics < kernel < quantize, memory, native < gemm < context < linear < decisions, site, update < policy.
+fuse < rounding, random < codebooks < formats < spec < choice < recipe, scaling, transform < qtensor < encode, mixed < metrics,
+launch < kernel < choose < quantize, memory, native < gemm < context < linear < decisions, site, update < policy.
 """
 
 import warnings

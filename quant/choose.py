@@ -24,10 +24,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quant import kernel
 from quant.choice import Bound, Choice
-from quant.encode import check, rotated, values_of
+from quant.encode import check, factor_of, rotated, values_of
 from quant.fuse import run
-from quant.qtensor import in_memory, logical
+from quant.qtensor import QTensor, in_memory, logical
 from quant.random import Key
 from quant.spec import QuantSpec
 
@@ -103,10 +104,10 @@ class Operands:
 
     def __init__(self, x: Tensor, key: Key | None, per: tuple[int, int]):
         self.m, self.transposed = in_memory(x)
-        self.x, self.key = logical(self.m, self.transposed), key
+        self.x, self.key, self.per = logical(self.m, self.transposed), key, per
         r, k = (whole if size == -1 else size for size, whole in zip(per, x.shape, strict=True))
         self.unit = (k, r) if self.transposed else (r, k)
-        self.made: dict[QuantSpec, tuple[Tensor, Tensor | None]] = {}
+        self.made: dict[QuantSpec, tuple[Tensor, Tensor | None] | QTensor] = {}
         self.known: dict[tuple[str, QuantSpec | None], tuple[Tensor, Tensor]] = {}
         self.probed: Probed | None = None
 
@@ -157,6 +158,18 @@ class Operands:
         turned = factor is not None and factor.ndim and self.transposed
         return logical(values, self.transposed), factor.t() if turned else factor
 
+    def logical_factor(self, spec: QuantSpec) -> Tensor | None:
+        return self.logical_values(spec)[1]
+
+    def mixed(self, specs: tuple[QuantSpec, ...], picked: Tensor, dtype: torch.dtype) -> Tensor:
+        """[R, K]: of each unit what has been picked, times its factor; without factors where one decision is for all of it."""
+        scaled = [spec for spec in specs if spec.scale.format != "none"]
+        tensors, one = [self.blocks(self.values(spec)[0]) for spec in scaled], picked.ndim == 0
+        tensors += [] if one else [self.factor(spec) for spec in scaled]
+        index = (picked if one else (picked.t() if self.transposed else picked)[:, None, :, None]).float()
+        values = run(_take, self.blocks(self.m), index, *tensors, specs=specs, dense=not one, dtype=dtype)
+        return logical(values.view(self.m.shape), self.transposed)
+
     def ratio(self, bounds: tuple[Bound, ...], spec: QuantSpec) -> Tensor:
         enough, needed = [], []
         for b in bounds:
@@ -164,6 +177,36 @@ class Operands:
             (enough if b.enough else needed).append(_quotient(self.metric(b.by, spec), bound))
         found = [torch.stack(needed).amax(0)] * bool(needed) + enough
         return found[0] if len(found) == 1 else torch.stack(found).amin(0)
+
+
+class Quantised(Operands):
+    """The same by kernels, where they take all specs (kernel.decides): codes in place of values, which are decoded where they
+    are taken, and lie in rows whichever way the operand does."""
+
+    def codes(self, spec: QuantSpec) -> QTensor | None:
+        """None of BF16 unscaled, which is the operand itself."""
+        if spec.scale.format == "none":
+            return None
+        if spec not in self.made:
+            self.made[spec] = kernel.encode(self.x, spec, self.key if spec.keyed else None)
+        return self.made[spec]
+
+    def logical_values(self, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        q = self.codes(spec)
+        return values_of(self.x, spec) if q is None else kernel.decode(q)
+
+    def logical_factor(self, spec: QuantSpec) -> Tensor | None:
+        q = self.codes(spec)
+        return None if q is None else factor_of(q)
+
+    def mixed(self, specs: tuple[QuantSpec, ...], picked: Tensor, dtype: torch.dtype) -> Tensor:
+        return kernel.values(self.x, specs, list(map(self.codes, specs)), dtype, picked, self.per, dense=picked.ndim > 0)
+
+    def _parts(self, by: str, spec: QuantSpec | None) -> tuple[Tensor, Tensor]:
+        if by == "backward_error":
+            return super()._parts(by, spec)
+        first, second = kernel.errors(self.x, spec, spec and self.codes(spec), by, self.per)
+        return logical(first, self.transposed), logical(second, self.transposed)
 
 
 def _quotient(a: Tensor, b: Tensor | float) -> Tensor:
@@ -230,7 +273,8 @@ def choose(
     """
     check(x.shape, choice)
     x = rotated(x, choice, sign_key or (key and key.at(use=key.use + 16)))
-    o, specs = Operands(x, key, choice.unit), tuple(map(unrotated, choice.candidates))
+    o = (Quantised if kernel.decides(x, choice) else Operands)(x, key, choice.unit)
+    specs = tuple(map(unrotated, choice.candidates))
     dtype, one = torch.bfloat16 if choice.exact else torch.float32, choice.per == "tensor"
     ratios = decide(o, choice, specs) if measure or index is None else None
     if index is None:
@@ -259,13 +303,8 @@ def pick(ratios: Tensor, bounded: bool = True) -> Tensor:
 
 def _mixed(o: Operands, specs: tuple[QuantSpec, ...], picked: Tensor, dtype: torch.dtype, one: bool):
     """-> (values, factor) of whatever has been picked."""
-    scaled = [spec for spec in specs if spec.scale.format != "none"]
-    tensors = [o.blocks(o.values(spec)[0]) for spec in scaled]
-    tensors += [] if one else [o.factor(spec) for spec in scaled]
-    index = (picked if one else (picked.t() if o.transposed else picked)[:, None, :, None]).float()
-    values = run(_take, o.blocks(o.m), index, *tensors, specs=specs, dense=not one, dtype=dtype)
-    factors = {i: f for i, spec in enumerate(specs) if (f := o.logical_values(spec)[1]) is not None} if one else {}
+    factors = {i: f for i, spec in enumerate(specs) if (f := o.logical_factor(spec)) is not None} if one else {}
     factor = None
     for i, f in factors.items():
         factor = torch.where(picked == i, f, 1.0 if factor is None else factor)
-    return logical(values.view(o.m.shape), o.transposed), factor
+    return o.mixed(specs, picked, dtype), factor

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from quant import kernel
 from quant.accumulate import MODELS, accumulate
-from quant.encode import decode
 from quant.fuse import run
 from quant.native import Sizes, Spec, multiply, supports
 from quant.qtensor import QTensor
@@ -47,7 +47,7 @@ class Operand(NamedTuple):
     def decoded(self) -> "Operand":
         if self.packed is None:
             return self
-        values, factor = decode(self.packed)
+        values, factor = kernel.decode(self.packed)
         return self._replace(values=values, factor=factor, packed=None)
 
     def dense(self) -> Tensor:

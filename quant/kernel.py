@@ -1,7 +1,9 @@
-"""The quantiser on a GPU: which specs its kernels take, and quantising by them.
+"""Quantising, decoding and what ladders need, on a GPU: which specs the kernels take, and how they are called.
 
-`obstacle(spec)` says why the kernels cannot; what they can is bit-equal to encode.py (tests/test_kernels.py), which does the
-rest. An operand that two GEMMs take along different axes, such as x in fprop and wgrad, is read once: `encode_pair`.
+`obstacle(spec)` says why the kernels cannot; what they can is bit-equal to encode.py and choose.py (tests/test_kernels.py,
+tests/test_mor_kernels.py), which do the rest. An operand that two GEMMs take along different axes, such as x in fprop and
+wgrad, is read once: `encode_pair`. Of a ladder the candidates are quantised, their errors measured from their codes, and only
+what is taken is decoded.
 
 One thing is not bit-equal, and so never done unless `round_by("cvt.rs")` asks for it: stochastic rounding by the instruction
 cvt.rs, of the same random words. Which of their bits it gives to which element is published nowhere.
@@ -9,14 +11,15 @@ cvt.rs, of the same random words. Which of their bits it gives to which element 
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from quant.choice import Choice
-from quant.encode import check
+from quant.encode import check, factor_of
+from quant.encode import decode as decode_reference
 from quant.formats import FORMATS, Format
 from quant.qtensor import QTensor, in_memory
 from quant.random import Key, constants
@@ -25,13 +28,14 @@ from quant.scaling import threshold
 from quant.spec import QuantSpec
 
 BLOCKS = 16, 32, 64, 128
+CANDIDATES = 4  # of a ladder
 
 
 @lru_cache
 def obstacle(spec: QuantSpec | Choice) -> str:
-    """Why the kernels do not quantise by this spec, or ""."""
-    if not isinstance(spec, QuantSpec):
-        return "a choice between specs"
+    """Why the kernels do not quantise by this spec, or decide this ladder, or ""."""
+    if isinstance(spec, Choice):
+        return _of_ladder(spec) if spec.ladder else "a choice between specs"
     element, scale, (rows, n) = spec.element, spec.scale, spec.block
     if not _float(element) or not element.signed:
         return f"elements {spec.format}, no float of up to 8 bits with a negative zero"
@@ -51,6 +55,20 @@ def obstacle(spec: QuantSpec | Choice) -> str:
     return ""
 
 
+def _of_ladder(choice: Choice) -> str:
+    """Its candidates and what they are compared with, after their transform; unscaled, BF16 alone."""
+    if len(choice.candidates) > CANDIDATES:
+        return f"{len(choice.candidates)} candidates"
+    for spec in (*choice.candidates, *(bound.than for rung in choice.rungs for bound in rung if bound.than)):
+        if spec.scale.format != "none":
+            why = obstacle(replace(spec, hadamard=0))
+        else:
+            why = "" if (spec.format, spec.rounding) == ("bf16", "nearest") else f"elements {spec.short()}"
+        if why:
+            return why
+    return ""
+
+
 def _float(fmt) -> bool:
     return isinstance(fmt, Format) and fmt.bits <= 8 and fmt.exponent_bits > 0 and fmt.mantissa_bits > 0 and fmt.negative_zero
 
@@ -64,8 +82,17 @@ DEVICES = {"cuda"}  # where the kernels run; testing/ adds what it stands for on
 
 
 def takes(x: Tensor, *specs: QuantSpec | Choice) -> bool:
-    """Whether the kernels quantise x [R, K] by these; they work on pairs, so both sizes are even."""
-    return x.device.type in DEVICES and not any(size % 2 for size in x.shape) and not any(map(obstacle, specs))
+    """Whether the kernels quantise x [R, K] by these; they work on pairs, so both sizes are even. (Of a ladder: `decides`.)"""
+    return _there(x) and not any(spec.ladder or obstacle(spec) for spec in specs)
+
+
+def decides(x: Tensor, choice: Choice) -> bool:
+    """Whether the kernels do all that this ladder needs of x [R, K]."""
+    return _there(x) and choice.ladder and not obstacle(choice)
+
+
+def _there(x: Tensor) -> bool:
+    return x.device.type in DEVICES and not any(size % 2 for size in x.shape)
 
 
 EXACT, RS = "exact", "cvt.rs"
@@ -151,3 +178,57 @@ def _keys(spec: QuantSpec, key: Key | None, sign_key: Key | None, held: Tensor |
 def _qtensor(out: list[Tensor], spec: QuantSpec, shape) -> QTensor:
     codes, scale, outer = out
     return QTensor(codes, scale, outer if outer.ndim == 0 else None, spec, tuple(shape))
+
+
+def decode(q: QTensor) -> tuple[Tensor, Tensor | None]:
+    """encode.decode; by a kernel where one takes the spec and codes lie in rows, as the quantiser's do."""
+    codes, scale = q.packed_codes, q.scale_codes
+    if codes.device.type not in DEVICES or obstacle(q.spec) or not (codes.is_contiguous() and scale.is_contiguous()):
+        return decode_reference(q)
+    return values(None, (q.spec,), [q], torch.bfloat16 if q.spec.exact else torch.float32), factor_of(q)
+
+
+def values(
+    x: Tensor | None,
+    specs: tuple[QuantSpec, ...],
+    made: list[QTensor | None],
+    dtype: torch.dtype,
+    index: Tensor | None = None,
+    per: tuple[int, int] = (-1, -1),
+    dense: bool = False,
+) -> Tensor:
+    """[R, K] in BF16 or fp32: what was made of x by one spec, or of each unit `per` of x by that which index (int64 [] or
+    [R / r, K / k]) names. made: the codes of each spec, None of BF16 unscaled, x itself; dense: times their factors."""
+    from quant.launch import dequantise_op
+
+    device = made[0].packed_codes.device if x is None else x.device
+    empty = torch.empty(0, device=device)
+    codes, scales, factors = _lists(made, empty, dense)
+    x, index = (empty if t is None else t for t in (x, index))
+    return dequantise_op(x, index, codes, scales, factors, _texts(specs), _sizes(per), dense, dtype == torch.bfloat16)
+
+
+def errors(x: Tensor, spec: QuantSpec | None, q: QTensor | None, by: str, per: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """What a metric of choose.py is the quotient of, two fp64 [R / r, K / k], or the two of a range, where spec is None.
+    x [R, K]; q: its codes by this spec, None as above."""
+    from quant.launch import errors_op
+
+    parts = _lists([q], torch.empty(0, device=x.device), True)
+    found = errors_op(x, *parts, _text(spec), by, _sizes(per))
+    return found[0], found[1]
+
+
+def _lists(made: list[QTensor | None], empty: Tensor, factors: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Codes, scales and factors of each, empty where there are none."""
+    found = [(empty,) * 3 if q is None else (q.packed_codes, q.scale_codes, factor_of(q) if factors else None) for q in made]
+    return tuple([empty if t is None else t for t in part] for part in zip(*found, strict=True))
+
+
+def _sizes(per: tuple[int, int]) -> list[int]:
+    """A unit as the kernels have it, 0 for the whole axis."""
+    return [max(size, 0) for size in per]
+
+
+@lru_cache
+def _texts(specs: tuple[QuantSpec, ...]) -> str:
+    return json.dumps([asdict(spec) for spec in specs])

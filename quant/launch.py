@@ -1,8 +1,10 @@
-"""The operator that launches the quantiser's kernels, and specs as what these take. It needs Triton; quant/kernel.py, which
-does not, imports it when there is something to launch.
+"""The operators that launch the kernels, and specs as what these take. It needs Triton; quant/kernel.py, which does not,
+imports it when there is something to launch.
 
     narrow::quantize(x, rows, cols, ...)    specs as JSON, since an operator takes tensors, numbers and strings only; -> codes,
                                             scale and outer scale of each side that is not ""
+    narrow::dequantise(x, index, ...)       codes of one or more specs -> values, of each unit by the one that index names
+    narrow::errors(x, codes, ...)           how far they are from x, two fp64 numbers for each unit
 """
 
 import json
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from kernels import capability, target_at
 from kernels.amax import Look, amax
+from kernels.dequantise import Candidate, Layout, dequantise
+from kernels.errors import errors
 from kernels.numerics import Float
 from kernels.prepare import prepare
 from kernels.quantize import Given, Scale, Side, quantize
@@ -144,3 +148,67 @@ def _(x, rows, cols, row_keys, col_keys, rs=False):
             x.new_empty(() if outer else (0,), dtype=torch.float32),
         ]
     return out
+
+
+@lru_cache
+def layout_of(spec: QuantSpec) -> Layout:
+    """How the codes of a spec without an `obstacle` lie, or BF16 unscaled."""
+    scale, (rows, block) = spec.scale, spec.block
+    if scale.format == "none":
+        return Layout()
+    left = spec.leaves or scale.outer == "tensor" or scale.multiplier != 1
+    factor = "line" if spec.leaves and rows != -1 else "tensor" if left else "none"
+    made = None if scale.format == "fp32" else float_of(scale.format)
+    return Layout(float_of(spec.format), made, max(rows, 0), max(block, 0), spec.leaves, spec.exact, factor)
+
+
+@lru_cache
+def _specs(text: str) -> tuple[QuantSpec, ...]:
+    return tuple(map(SPECS.validate_python, json.loads(text)))
+
+
+def _candidate(spec: QuantSpec, *parts: Tensor) -> Candidate:
+    return Candidate(layout_of(spec), *(part if part.numel() else None for part in parts))
+
+
+def _as_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.bfloat16 else x.to(torch.float32)
+
+
+def _shape(codes: Tensor, spec: QuantSpec):
+    """[R, K] of an operand."""
+    return codes.shape[0], codes.shape[1] * (2 if spec.element.bits <= 4 else 1)
+
+
+@torch.library.custom_op("narrow::dequantise", mutates_args=())
+def dequantise_op(
+    x: Tensor, index: Tensor, codes: list[Tensor], scales: list[Tensor], factors: list[Tensor],
+    specs: str, unit: list[int], dense: bool, bf16: bool,
+) -> Tensor:  # fmt: skip
+    """-> [R, K] as kernels.dequantise; codes, scales, factors of each of the specs, x and index empty where there are none."""
+    parts = zip(_specs(specs), codes, scales, factors, strict=True)
+    given, dtype = [_candidate(*each) for each in parts], torch.bfloat16 if bf16 else torch.float32
+    shape = tuple(x.shape) if x.numel() else _shape(codes[0], _specs(specs)[0])
+    x, index = (t if t.numel() else None for t in (x, index))
+    return dequantise(shape, given, dtype, x if x is None else _as_fp32(x), index, tuple(unit), dense)
+
+
+@dequantise_op.register_fake
+def _(x, index, codes, scales, factors, specs, unit, dense, bf16):
+    shape = x.shape if x.ndim == 2 else _shape(codes[0], _specs(specs)[0])
+    return codes[0].new_empty(shape, dtype=torch.bfloat16 if bf16 else torch.float32)
+
+
+@torch.library.custom_op("narrow::errors", mutates_args=())
+def errors_op(
+    x: Tensor, codes: list[Tensor], scales: list[Tensor], factors: list[Tensor], spec: str, by: str, unit: list[int]
+) -> Tensor:
+    """x [R, K] and what a spec ("": none) made of it -> fp64 [2, R / unit, K / unit] as kernels.errors."""
+    given = _candidate(_spec(spec), codes[0], scales[0], factors[0]) if spec else None
+    return errors(_as_fp32(x), given, by, tuple(unit))
+
+
+@errors_op.register_fake
+def _(x, codes, scales, factors, spec, by, unit):
+    units = (size // part if part else 1 for size, part in zip(x.shape, unit, strict=True))
+    return x.new_empty((2, *units), dtype=torch.float64)

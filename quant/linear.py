@@ -33,7 +33,7 @@ from quant import kernel
 from quant.choice import Choice, Spec
 from quant.choose import choose
 from quant.context import Context, Decision
-from quant.encode import check, decode, rotated, transform, unclipped
+from quant.encode import check, rotated, transform, unclipped
 from quant.gemm import Operand, gemm, pick
 from quant.memory import WHOSE, Copies, checksum, decision, empty, gathered, settled
 from quant.metrics import operand_stats
@@ -380,7 +380,7 @@ class Kept(NamedTuple):
 
 
 def _of(q: QTensor, packed: bool) -> Operand:
-    return Operand(packed=q) if packed else Operand(*decode(q))
+    return Operand(packed=q) if packed else Operand(*kernel.decode(q))
 
 
 class _Quantized(torch.autograd.Function):

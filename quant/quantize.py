@@ -11,7 +11,7 @@ from torch import Tensor
 from quant import kernel
 from quant.choice import Choice
 from quant.choose import choose, unrotated
-from quant.encode import check, decode, encode, rotated, values_of
+from quant.encode import check, encode, rotated, values_of
 from quant.mixed import Mixed
 from quant.qtensor import QTensor
 from quant.random import Key
@@ -46,9 +46,9 @@ def quantize(
     check(x.shape, spec)
     index = choose(rows, spec, key, sign_key).index if index is None else index
     if spec.per == "tensor":
-        return encode(x, spec.candidates[int(index)], key, sign_key)
+        return quantize(x, spec.candidates[int(index)], key, sign_key)
     y = rotated(rows, spec, sign_key or (key and key.at(use=key.use + 16)))
-    whole = {i: encode(y, unrotated(spec.candidates[i]), key) for i in index.unique().tolist()}
+    whole = {i: quantize(y, unrotated(spec.candidates[i]), key) for i in index.unique().tolist()}
     return Mixed.gather(index, whole, spec, tuple(x.shape))
 
 
@@ -60,7 +60,7 @@ def quantized_values(
     if spec.ladder:
         return choose(x, spec, key, sign_key)[:2]
     if kernel.takes(x, spec):
-        return decode(kernel.encode(x, spec, key, sign_key, held))
+        return kernel.decode(kernel.encode(x, spec, key, sign_key, held))
     return values_of(x, spec, key, sign_key, held)
 
 
@@ -69,5 +69,5 @@ def decoded_values(q: QTensor | Mixed, spec: QuantSpec | Choice) -> tuple[Tensor
     if isinstance(q, Mixed):
         values, factor = q.dequantize().view(q.rows_and_k), None
     else:
-        values, factor = decode(q)
+        values, factor = kernel.decode(q)
     return (values.to(torch.bfloat16 if spec.exact else torch.float32) if spec.ladder else values), factor

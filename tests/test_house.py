@@ -31,7 +31,7 @@ FLOORS = {
 # The same inside quant; what stands on one line does not import each other.
 QUANT = [
     ["fuse", "accumulate"], ["rounding", "random"], ["codebooks"], ["formats"], ["spec"], ["choice"],
-    ["recipe", "scaling", "transform"], ["qtensor"], ["encode", "mixed"], ["choose", "metrics", "launch"], ["kernel"],
+    ["recipe", "scaling", "transform"], ["qtensor"], ["encode", "mixed"], ["metrics", "launch"], ["kernel"], ["choose"],
     ["quantize", "memory", "native"], ["gemm"], ["context"], ["linear"], ["decisions", "site", "update"], ["policy"],
 ]  # fmt: skip
 QUANT_FLOORS = {name: floor for floor, names in enumerate(QUANT) for name in names}
