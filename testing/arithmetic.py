@@ -103,8 +103,18 @@ def mixed_fma(op: Opcode, kind: str) -> Operation:
     )
 
 
+def mixed_sum(op: Opcode, kind: str) -> Operation:
+    """add.rn.f32.bf16 and sub: a of 16 bits, c and the result fp32."""
+    op.one("f32")
+    toward_zero = op.one("rn", "rz") == "rz"
+    function = {"add": add32, "sub": subtract32}[op.name]
+    return lanewise(lambda a, c: function(widened(a, kind), c, toward_zero), [kind, "f32"], "f32", whole=True)
+
+
 def decode_add(op: Opcode) -> Operation:
     kind = op.kind(*ALL_BUT_8, *FLOATS)
+    if kind in HALVES and "f32" in op.words:
+        return mixed_sum(op, kind)
     if kind in INTEGERS:
         return lanewise({"add": np.add, "sub": np.subtract}[op.name], [kind, kind])
     return float_arithmetic(op, kind)

@@ -207,6 +207,19 @@ def test_signs_of_zero_infinities_and_nan():
     assert apply("add.rn.f32 $0, $1, $2;", x, y).tolist() == [0x7FFFFFFF, 0x7FFFFFFF, 0]
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("mode", ["rn", "rz"])
+def test_a_half_and_a_single(kind, mode):
+    """add and sub of a 16-bit number and a fp32 one are those of fp32 once it is widened, sign of a zero included."""
+    random = np.random.default_rng(1)
+    codes, c = random.integers(0, 2**16, 999).astype(np.uint16), random.integers(0, 2**32, 999, dtype=np.uint32)
+    codes[:3], c[:3] = (0, 0x8000, 0x8000), (1 << 31, 0, 1 << 31)
+    widen = numbers.f16_to_f32 if kind == "f16" else numbers.bf16_to_f32
+    for name in ("add", "sub"):
+        found = apply(f"{name}.{mode}.f32.{kind} $0, $1, $2;", codes, c)
+        assert np.array_equal(found, apply(f"{name}.{mode}.f32 $0, $1, $2;", widen(codes), c)), name
+
+
 def test_ftz_flushes_inputs_and_results():
     x = array([2.0**-127, -(2.0**-127), 2.0**-126, 1.5 * 2.0**-126], np.float32)
     ones, less = np.ones(4, np.float32), np.full(4, 2.0**-126, np.float32)
