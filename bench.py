@@ -40,8 +40,9 @@ from torch import Tensor
 
 from configs import Config, load
 from quant import Context, Linear, QuantSpec, Scale, fuse, kernel, quantize
-from quant.gemm import pick_mode
+from quant.gemm import Operand, gemm, pick_mode
 from quant.linear import linears
+from quant.native import supports
 from quant.random import Key
 from run import Run
 from studies.recipes import BASE, MEASURED, NAMES
@@ -81,7 +82,6 @@ MODELS = {
     "8b": (4096, 32, 32, 16384, "Nemotron-3 8B, 32 blocks, by its published config"),
     "12b": (5120, 40, 8, 20480, "arXiv:2509.25149, attention and feed-forward blocks"),
 }
-ROWS = "bf16", "product", "quantise", "copy"
 BY_NAME = "recipes", "gpu"  # sections that only run when they are named
 
 
@@ -298,51 +298,39 @@ def gpu(table: Table, args: argparse.Namespace, device: torch.device) -> None:
         table.say(f"gpu: not measured, {why}")
         return
     from kernels import capability
-    from kernels.matmul import matmul, native
 
-    T, nv, turned, sm = args.tokens, QuantSpec(), QuantSpec(hadamard=16), capability()
-    generator, fast = torch.Generator(device).manual_seed(0), native(sm, "e2m1", "e2m1")
-    how = "by tensor cores, with their scales" if fast else "decoded to BF16"
-    table.say(f"\nLinears of three models, {T} tokens, NVFP4 on sm_{sm}, products {how}, least of {args.repeats}")
-
-    def operand(x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        q = kernel.encode(x, nv)
-        return (q.packed(), for_tensor_cores(q.scale_codes) if fast else q.scale_codes), q.global_scale
-
+    T, nv, turned = args.tokens, QuantSpec(), QuantSpec(hadamard=16)
+    generator = torch.Generator(device).manual_seed(0)
+    table.say(f"\nLinears of three models, {T} tokens, NVFP4 on sm_{capability()}, least of {args.repeats}")
+    backends = {each: supports(each, nv, nv, (T, 128, 128), device) for each in ("triton", "scaled_mm")}
+    for backend, why in backends.items():
+        table.say(f"  {backend}: not measured, {why}" if why else f"  {backend}: scales are put in order in each call")
     for model, (d, heads, kv, ffn, source) in MODELS.items():
         table.say(f"  {model}: {source}")
         shapes = {"qkv": (d, (heads + 2 * kv) * 128), "out": (heads * 128, d), "up": (d, ffn), "down": (ffn, d)}
         for name, (inputs, outputs) in shapes.items():
             x, w = (torch.randn(n, inputs, device=device, generator=generator).to(torch.bfloat16) for n in (T, outputs))
-            (a, outer), (b, other), copy = operand(x), operand(w), torch.empty_like(x)
-            alpha = (outer * other).reshape(1)
+            a, b, copy = (*(Operand(packed=kernel.encode(each, nv)) for each in (x, w)), torch.empty_like(x))
 
             def pair(x=x):
                 return kernel.encode_pair(x, (nv, turned), (None, None), (None, None), (None, None))
 
-            calls = (
-                lambda x=x, w=w: torch.nn.functional.linear(x, w),
-                lambda a=a, b=b, k=inputs, s=alpha: matmul(a, b, s, ("e2m1", "e2m1"), "e4m3", 16, k, sm),
-                pair,
-                lambda x=x, copy=copy: copy.copy_(x),
-            )
+            can = [backend for backend, why in backends.items() if not why]
+            products = {"bf16": lambda x=x, w=w: torch.nn.functional.linear(x, w)}
+            products |= {each: lambda a=a, b=b, each=each: gemm(a, b, torch.bfloat16, "bf16", each) for each in can}
+            moves = {"quantise": pair, "copy": lambda x=x, copy=copy: copy.copy_(x)}
+            calls = {f"{model} {name}, {row}": Work(call) for row, call in (products | moves).items()}
+            found = least(calls, args.repeats)
+            flops = 2 * T * inputs * outputs
             bytes_ = 2 * x.nbytes + sum(q.nbytes() for q in pair()), 2 * x.nbytes  # (read twice, for the amax first)
-            rows = [f"{model} {name}, {row}" for row in ROWS]
-            found = least({row: Work(call) for row, call in zip(rows, calls, strict=True)}, args.repeats)
-            product = [f"{2 * T * inputs * outputs / found[row] / 1e12:,.1f} TFLOP/s" for row in rows[:2]]
-            moved = [f"{n / found[row] / 1e9:,.0f} GB/s" for n, row in zip(bytes_, rows[2:], strict=True)]
-            table.add("gpu", found, dict(zip(rows, product + moved, strict=True)))
+            speeds = [f"{flops / time / 1e12:,.1f} TFLOP/s" for time in list(found.values())[: len(products)]]
+            speeds += [f"{n / time / 1e9:,.0f} GB/s" for n, time in zip(bytes_, list(found.values())[-2:], strict=True)]
+            table.add("gpu", found, dict(zip(found, speeds, strict=True)))
 
 
 def _no_gpu(device: torch.device) -> str:
     """Why the kernels do not run here, or ""."""
     return "" if device.type in kernel.DEVICES else f"torch {torch.__version__} sees no CUDA device"
-
-
-def for_tensor_cores(scale: Tensor) -> Tensor:
-    """Scale codes [R, B], R a multiple of 128 and B of 4, in the order of tensor cores (kernels/quantize.py), [tiles, 512]."""
-    R, B = scale.shape
-    return scale.view(R // 128, 4, 32, B // 4, 4).permute(0, 3, 2, 1, 4).reshape(-1, 512)
 
 
 def machine() -> str:

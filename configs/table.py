@@ -1,5 +1,5 @@
-"""python -m configs.table: write the table of recipes, one line for each config, between two comments in README.md, and what
-was measured of a config as the last line of the comment at its top.
+"""python -m configs.table: write the table of recipes, one line for each config, between two comments in README.md, that of
+formats (support.py) between two others, and what was measured of a config as the last line of the comment at its top.
 
 What its columns mean stands below it in README.md. All of it is computed from the config as resolved, at the start of the run,
 for the recipe that most FLOPs have; a paper is the first that the file's comment names (or that of the file which it extends);
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from configs import Config, load
+from configs import Config, load, support
 from model import GPT
 from quant import Context, WeightStore, assign, attach
 from quant.choice import Spec
@@ -159,9 +159,11 @@ def table() -> str:
 
 
 def renewed(text: str) -> str:
-    """A page with the table as it is now."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table()}\n{END}{rest.split(END)[1]}"
+    """A page with the tables as they are now."""
+    for begin, end, made in ((BEGIN, END, table), (support.BEGIN, support.END, support.table)):
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{made()}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def said(path: Path, measured: dict) -> str:

@@ -1,7 +1,7 @@
 """y[M, N] = a[M, K] b[N, K]^T (f g) of quantised operands, in one of three ways:
 
     scaled     E2M1, E4M3 or E5M2 in blocks along K, by tl.dot_scaled: tcgen05.mma with block scales on sm_100 and sm_103,
-               mma.sync with block scales on sm_120. Scales lie in tiles of 128 rows by 4, the order of tensor cores (`place` in quantize.py)
+               mma.sync with block scales on sm_120. Scales lie in tiles of 128 rows by 4, the order of tensor cores
     plain      E4M3 and E5M2 without blocks, by tl.dot of the codes: mma.sync on sm_89 and sm_120, wgmma on sm_90, tcgen05.mma
     decoded    code * scale in BF16 and tl.dot: anywhere, any group. Exact: E2M1 has 2 significant bits, E4M3 4, a scale at most
                4, and BF16 8; but for products below 2^-133, which an E8M0 scale near its smallest makes
@@ -30,9 +30,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-
 from kernels.numerics import decode
+
+FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 @triton.jit

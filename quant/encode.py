@@ -299,7 +299,7 @@ def values_of(
     """`quantized_values` of quant/quantize.py, but for ladders."""
     blocks, noise, codes, enc, decoded, outer, transposed, axis = _prepare(x, spec, key, sign_key, held)
     values = run(_values, blocks, enc, codes, decoded, outer, noise, spec=spec, axis=axis)
-    return logical(values.flatten(2, 3).flatten(0, 1), transposed), factor_of(decoded, outer, spec, x.shape[0])
+    return logical(values.flatten(2, 3).flatten(0, 1), transposed), _factor(decoded, outer, spec, x.shape[0])
 
 
 def unclipped(

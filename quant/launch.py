@@ -1,10 +1,11 @@
-"""The operators that launch the kernels, and specs as what these take. It needs Triton; quant/kernel.py, which does not,
-imports it when there is something to launch.
+"""The operators that launch the kernels, and specs as what these take. They need Triton; quant/kernel.py and quant/native.py,
+which do not, import them when there is something to launch.
 
     narrow::quantize(x, rows, cols, ...)    specs as JSON, since an operator takes tensors, numbers and strings only; -> codes,
                                             scale and outer scale of each side that is not ""
     narrow::dequantise(x, index, ...)       codes of one or more specs -> values, of each unit by the one that index names
     narrow::errors(x, codes, ...)           how far they are from x, two fp64 numbers for each unit
+    narrow::matmul(a, b, ...)               the product of two quantised operands, each codes, scales, factor
 """
 
 import json
@@ -18,11 +19,12 @@ from kernels import capability, target_at
 from kernels.amax import Look, amax
 from kernels.dequantise import Candidate, Layout, dequantise
 from kernels.errors import errors
+from kernels.matmul import matmul, native, obstacle
 from kernels.numerics import Float
 from kernels.prepare import prepare
 from kernels.quantize import Given, Scale, Side, quantize
 from quant.formats import FORMATS
-from quant.qtensor import SPECS
+from quant.qtensor import SPECS, tiled
 from quant.random import constants
 from quant.rounding import random_bits
 from quant.scaling import Scales, block_scales, scale_codes, threshold
@@ -212,3 +214,27 @@ def errors_op(
 def _(x, codes, scales, factors, spec, by, unit):
     units = (size // part if part else 1 for size, part in zip(x.shape, unit, strict=True))
     return x.new_empty((2, *units), dtype=torch.float64)
+
+
+def matmul_obstacle(formats: tuple[str, str], scale: str, group: int, M: int, N: int, K: int, on: int | None) -> str:
+    """Why narrow::matmul cannot multiply these (kernels/matmul.py), or ""; by default on the GPU that there is."""
+    has = capability() if on is None else on
+    return obstacle(formats, scale, group, M, N, K, has)
+
+
+@torch.library.custom_op("narrow::matmul", mutates_args=())
+def matmul_op(
+    a: list[Tensor], b: list[Tensor], a_format: str, b_format: str, scale: str, group: int, K: int, dtype: torch.dtype
+) -> Tensor:
+    """a, b: codes uint8 [R, K or K / 2], scales uint8 [R, K / group], factor fp32 [] or [R, 1]; empty where there is none."""
+    formats, has, given = (a_format, b_format), capability(), []
+    tiles = native(formats, scale, group, has)
+    for codes, scales, factor in (a, b):
+        scales = None if scale == "none" else tiled(scales) if tiles else scales
+        given.append(((codes, scales), factor if factor.numel() else None))
+    return matmul(given[0][0], given[1][0], (given[0][1], given[1][1]), formats, scale, group, K, has, dtype)
+
+
+@matmul_op.register_fake
+def _(a, b, a_format, b_format, scale, group, K, dtype):
+    return a[0].new_empty(a[0].shape[0], b[0].shape[0], dtype=dtype)

@@ -19,18 +19,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import ScalingType, SwizzleType, pad, scaled_mm
+from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 
 from quant import kernel
 from quant.choice import Choice
 from quant.encode import factor_of
-from quant.qtensor import QTensor
+from quant.qtensor import QTensor, tiled
 from quant.spec import QuantSpec
 
 Spec = QuantSpec | Choice
 Sizes = tuple[int, int, int]  # M, N, K
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-GROUPS = {"mx": 32, "nv": 16}
+SCALES = {"whole": ("none", 1), "mx": ("e8m0", 32), "nv": ("e4m3", 16)}  # format of a scale, and for how many
 
 
 class Kind(NamedTuple):
@@ -53,9 +53,9 @@ def kind(spec: Spec) -> Kind | str:
     if spec.leaves and element in FP8:
         return Kind(element, "whole")
     plain = not scale.macro and not scale.group and rows in (1, n)
-    if plain and scale.format == "e8m0" and n == GROUPS["mx"]:
+    if plain and (scale.format, n) == SCALES["mx"]:
         return Kind(element, "mx")
-    if plain and scale.format == "e4m3" and n == GROUPS["nv"] and element == "e2m1":
+    if plain and (scale.format, n) == SCALES["nv"] and element == "e2m1":
         return Kind(element, "nv")
     return f"{spec.short()}: scales are neither of a tensor or rows, nor E8M0 for 32, nor E4M3 for 16 of E2M1"
 
@@ -99,14 +99,6 @@ def line_scales(q: QTensor) -> Tensor:
     return q.scale_codes if rows == 1 else q.scale_codes.repeat_interleave(rows, 0)
 
 
-def swizzled(scale: Tensor) -> Tensor:
-    """uint8 [R, B] -> [R / 128 * B / 4, 512], up: tiles of 128 x 4 in the order of tensor cores (cuBLAS, 1-D block scaling
-    factors layout): byte (r, b) of a tile lies at r % 32 * 16 + r // 32 * 4 + b. What is not there is 0."""
-    R, B = scale.shape
-    tiles = pad(scale, (0, -B % 4, 0, -R % 128)).view(-(-R // 128), 4, 32, -(-B // 4), 4)
-    return tiles.permute(0, 3, 2, 1, 4).reshape(-1, 512)
-
-
 # --- torch ---
 
 
@@ -139,7 +131,7 @@ def _scaled_mm(a: QTensor, b: QTensor, dtype: torch.dtype) -> Tensor:
             )
         f, g = (f.expand(len(codes), 1).contiguous().flatten() for f, codes in zip(factors, (x, w), strict=True))
         return scaled_mm(x, w.t(), f[:, None], ScalingType.RowWise, g[None], ScalingType.RowWise, output_dtype=dtype)
-    scales = [swizzled(line_scales(q)).flatten() for q in (a, b)]
+    scales = [tiled(line_scales(q)).flatten() for q in (a, b)]
     if how == "mx":
         x, w = x.view(FP8[kind(a.spec).element]), w.view(FP8[kind(b.spec).element])
         s, t = (scale.view(torch.float8_e8m0fnu) for scale in scales)
@@ -162,10 +154,21 @@ def _scaled_mm(a: QTensor, b: QTensor, dtype: torch.dtype) -> Tensor:
 
 def _triton_obstacle(a: Kind, b: Kind, sizes: Sizes, device: torch.device, capability: int | None) -> str:
     if device.type not in kernel.DEVICES:
-        return f"triton: kernels run on CUDA, not on {device.type}"
-    return ""
+        return f"kernels run on CUDA, not on {device.type}"
+    from quant.launch import matmul_obstacle  # (needs Triton)
+
+    return matmul_obstacle((a.element, b.element), *SCALES[a.scale], *sizes, capability)
 
 
 def _triton(a: QTensor, b: QTensor, dtype: torch.dtype) -> Tensor:
+    from quant.launch import matmul_op
 
-    raise NotImplementedError
+    x, w = kind(a.spec), kind(b.spec)
+    return matmul_op(_parts(a), _parts(b), x.element, w.element, *SCALES[x.scale], a.rows_and_k[1], dtype)
+
+
+def _parts(q: QTensor) -> list[Tensor]:
+    """Codes, scales of each block along K, factor; empty where there is none."""
+    factor, empty = factor_of(q), torch.empty(0, device=q.packed_codes.device)
+    scales = empty if q.spec.leaves else line_scales(q).contiguous()
+    return [q.packed_codes.contiguous(), scales, empty if factor is None else factor.contiguous()]

@@ -17,6 +17,7 @@ from math import prod
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quant.choice import Choice, Spec
 from quant.formats import FORMATS, code_dtype
@@ -93,6 +94,14 @@ def decode_elements(codes: Tensor, flag: Tensor | None, spec: QuantSpec | Choice
     """Codes, ints or float8 -> fp32 values; `flag` (`scaling.second`): where they are of the second of two element formats."""
     values = spec.elements[0].decode(codes)
     return values if flag is None else torch.where(flag, spec.elements[1].decode(codes), values)
+
+
+def tiled(scale: Tensor) -> Tensor:
+    """uint8 [R, B] -> [R / 128 * B / 4, 512], up: tiles of 128 x 4 in the order of tensor cores (cuBLAS, 1-D block scaling
+    factors layout): byte (r, b) of a tile lies at r % 32 * 16 + r // 32 * 4 + b. What is not there is 0."""
+    R, B = scale.shape
+    tiles = pad(scale, (0, -B % 4, 0, -R % 128)).view(-(-R // 128), 4, 32, -(-B // 4), 4)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(-1, 512)
 
 
 def contraction_axis(transposed: bool) -> int:

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 from helpers import assert_product, assert_same_bits
@@ -15,7 +14,7 @@ from torch import Tensor
 from quant import Choice, Context, Linear, QuantSpec, Recipe, Scale, gemm, quantize
 from quant.accumulate import MODELS, accumulate
 from quant.gemm import Operand, backend_of, pick, pick_mode
-from quant.native import kind, line_scales, multiply, supports, swizzled
+from quant.native import kind, line_scales, multiply, supports
 from quant.quantize import quantized_values
 
 CPU, CUDA, META = map(torch.device, ("cpu", "cuda", "meta"))
@@ -98,14 +97,6 @@ def test_a_model_is_a_mode_of_emulation(model):
 # --- packed operands ---
 
 
-def test_scales_in_the_order_of_tensor_cores():
-    scale = torch.randint(0, 256, (130, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    expected = np.zeros((2 * 2, 512), dtype=np.uint8)
-    for (r, b), code in np.ndenumerate(scale.numpy()):
-        expected[r // 128 * 2 + b // 4, r % 32 * 16 + r % 128 // 32 * 4 + b % 4] = code
-    assert np.array_equal(swizzled(scale).numpy(), expected)
-
-
 def test_squares_are_read_as_rows():
     q = quantize(normal(32, 64), replace(NV, block=(16, 16)))
     values = quantized_values(normal(32, 64), replace(NV, block=(16, 16)))[0]
@@ -142,7 +133,7 @@ def test_scaled_mm_of_fp8(a, b, dtype):
     "a, b", [(MX, replace(MX, block=(32, 32))), (replace(MX, format="e5m2"), MX), (NV, replace(NV, block=(16, 16))), (NV, NV)]
 )
 def test_shapes_of_block_scales_on_meta(a, b, sizes):
-    """torch checks types, sizes of packed codes and of swizzled scales without a GPU."""
+    """torch checks types, sizes of packed codes and of tiled scales without a GPU."""
     M, N, K = sizes
     if M % b.block[0] or N % b.block[0]:
         b = replace(b, block=(1, b.block[1]))
@@ -179,7 +170,7 @@ def test_reasons():
         ("scaled_mm", square, square, CUDA, 100, "scales are neither"),
         ("scaled_mm", LADDER, TENSOR, CUDA, 100, "known only when it has decided"),
         ("scaled_mm", None, TENSOR, CUDA, 100, "an operand is not quantised"),
-        ("triton", NV, NV, CPU, None, "run on CUDA, not on cpu"),
+        ("triton", NV, NV, CPU, None, "kernels run on CUDA, not on cpu"),
         ("emulate", None, LADDER, CPU, None, ""),
     ]
     for backend, a, b, device, capability, reason in cases:

@@ -4,15 +4,22 @@ wgmma, tcgen05 and TMA are not executed without a GPU: what sm_90 and sm_100 are
 by the same descriptors and scales, and `make kernels-check` looks at the instructions.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
+from helpers import assert_product
 
+from configs import load
 from kernels import capability as current
 from kernels import target_at
 from kernels.matmul import matmul, native, obstacle, tile, way
 from kernels.quantize import Given
 from kernels.quantize import quantize as quantize_both
-from quant import QuantSpec, Scale, launch, quantize
+from quant import Context, Linear, QuantSpec, Scale, gemm, kernel, launch, quantize
+from quant.encode import encode
+from quant.gemm import Operand
+from quant.native import _parts, supports
 from quant.qtensor import tiled
 from tests.test_kernels import CUDA, ENGINES, INTERPRETED, numbers, on
 
@@ -191,3 +198,67 @@ def test_scales_in_the_order_of_tensor_cores(engine):
         found = quantize_both(x, side, given, side, given, target)
     for (codes, scale), (same, order) in zip(plain, found, strict=True):
         assert torch.equal(codes, same) and torch.equal(swizzled(scale.cpu()), order.cpu())
+
+
+# --- as a backend of quant/gemm.py ---
+
+
+def on_device(q):
+    parts = {name: part.cuda() for name, part in vars(q).items() if CUDA and isinstance(part, torch.Tensor)}
+    return replace(q, **parts)
+
+
+@pytest.fixture
+def there(monkeypatch):
+    """Kernels run where tensors are."""
+    monkeypatch.setattr(kernel, "DEVICES", {"cpu", "cuda"})
+
+
+@pytest.mark.parametrize("engine", MACHINES[:1])
+@pytest.mark.parametrize(
+    "specs", [(NV, replace(NV, block=(16, 16))), (MX8G, MX8), (TENSOR, ROWS), (MX8, MX4)], ids=lambda s: s[0].short()
+)
+def test_a_gemm_of_packed_operands(specs, engine, there):
+    """The operator gives what the kernel gives, of squares of scales too, and operands that lie in columns."""
+    M, N, K = 48, 64, 96
+    x, w = numbers("normal", M, K), numbers("normal", K, N).t()
+    packed = [on_device(encode(each, spec)) for each, spec in zip((x, w), specs, strict=True)]
+    with on(engine):
+        assert supports("triton", *specs, (M, N, K), packed[0].packed_codes.device) == ""
+        y = gemm(*(Operand(packed=q) for q in packed), torch.float32, "fp32", "triton").cpu()
+    assert_product(y, *(q.dequantize().cpu().double() for q in packed), 0)
+
+
+@pytest.mark.parametrize("engine", MACHINES[:1])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "fp8-tensorwise"])
+def test_a_linear_by_the_kernel(name, engine, there):
+    """All three GEMMs multiply what they say they do, and what is kept for backward is what emulation keeps."""
+    config = load(f"configs/{name}.toml")
+    seen, kept = {}, {}
+    for backend in ("triton", "emulate"):
+        module = Linear(256, 128, device="cuda" if CUDA else "cpu")
+        module.recipe = config.recipes[config.policy[-1].recipe]
+        module.context = Context(gemm="fp32", backend=backend, device=module.weight.device)
+        torch.nn.init.normal_(module.weight, generator=torch.Generator(module.weight.device).manual_seed(1))
+        taps, sizes = seen.setdefault(backend, {}), kept.setdefault(backend, [])
+        module.context.tap = lambda m, gemm, a, b, y, taps=taps: taps.update({gemm: (a.dense(), b.dense(), y)})
+        x = numbers("normal", 128, 256).to(module.weight.device).requires_grad_()
+        with on(engine), torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.nbytes), t)[1], lambda t: t):
+            y = module(x)
+            y.backward(numbers("normal", 128, 128).to(y.device))
+    assert sum(kept["triton"]) == sum(kept["emulate"])
+    for gemm_, (a, b, y) in seen["triton"].items():
+        for ours, wanted in zip((a, b), seen["emulate"][gemm_], strict=False):
+            assert torch.equal(ours, wanted), f"{gemm_}: operands"
+        assert_product(y.cpu(), a.cpu().double(), b.cpu().double(), int(y.dtype == torch.bfloat16), gemm_)
+
+
+def test_the_operator_of_products(there):
+    if not (INTERPRETED or CUDA):
+        pytest.skip("in the interpreter or on a GPU: a driver that is not there is not one to opcheck")
+    for specs in ((NV, NV), (TENSOR, ROWS)):
+        packed = [on_device(encode(numbers("normal", 32, 64), spec)) for spec in specs]
+        given = [_parts(q) for q in packed]
+        scale = ("none", 1) if specs[0].leaves else (specs[0].scale.format, specs[0].block[1])
+        formats = [spec.format for spec in specs]
+        torch.library.opcheck(launch.matmul_op, (*given, *formats, *scale, 64, torch.bfloat16))

@@ -117,7 +117,8 @@ def test_scales_that_tensor_cores_would_misread_do_not_compile(dtype, group):
     a = [*operand(dtype), torch.ones(1), 4] * 2 + [torch.empty(128, 128)]
     with compiled(120), pytest.raises(CompilationError, match="scales"):
         matmul_kernel[(1, 1)](
-            *a, 128, 128, 128, False, False, "e2m1", "e2m1", "e4m3", group, "scaled", False, True, 128, 128, 128, 16, num_warps=8
+            *a, 128, 128, 128, False, False, "e2m1", "e2m1", "e4m3", group, "scaled", False, True, 128, 128, 128, 16,
+            num_warps=8,
         )  # fmt: skip
 
 
@@ -134,5 +135,5 @@ def test_the_trap_is_still_there():
     from testing.device import compiled
 
     with compiled(120) as launches:
-        unguarded_kernel[(1,)](operands(torch.uint8)[0], torch.zeros(128, 8, dtype=torch.uint8), torch.empty(128, 128), 128)
+        unguarded_kernel[(1,)](operand(torch.uint8)[0], torch.zeros(128, 8, dtype=torch.uint8), torch.empty(128, 128), 128)
     assert "ue8m0" in launches[0].kernel.asm["ptx"], "Triton takes bytes of groups of 16 for E4M3 now, or refuses them"

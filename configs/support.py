@@ -1,0 +1,67 @@
+"""What runs natively where: the table of formats and GPUs in README.md, computed from the code that decides.
+
+Of each format, how operands are quantised, and how the GEMM of two of them is made on each GPU. It needs Triton, and no GPU.
+"""
+
+import torch
+
+from configs import load
+from quant import QuantSpec, Scale, kernel
+from quant.choice import Spec
+from quant.native import SCALES, kind, supports
+
+BEGIN, END = "<!-- make table: formats -->", "<!-- end of the formats -->"
+GPUS = {"sm_80": 80, "sm_89": 89, "sm_90": 90, "sm_100, 103": 100, "sm_120": 120}
+SIZES = 4096, 4096, 4096
+FORMATS: dict[str, tuple[Spec, Spec]] = {
+    "FP8, a scale of the tensor": (QuantSpec("e4m3", (-1, -1), Scale("fp32")),) * 2,
+    "FP8, a scale of each row": (QuantSpec("e4m3", (1, -1), Scale("fp32")),) * 2,
+    "FP8, E5M2 by E4M3": (QuantSpec("e5m2", (-1, -1), Scale("fp32")), QuantSpec("e4m3", (-1, -1), Scale("fp32"))),
+    "FP8, fp32 scales 1x128, 128x128": (
+        QuantSpec("e4m3", (1, 128), Scale("fp32")),
+        QuantSpec("e4m3", (128, 128), Scale("fp32")),
+    ),
+    "MXFP8": (QuantSpec("e4m3", (1, 32), Scale("e8m0")),) * 2,
+    "MXFP4": (QuantSpec("e2m1", (1, 32), Scale("e8m0")),) * 2,
+    "MXFP4 by MXFP8": (QuantSpec("e2m1", (1, 32), Scale("e8m0")), QuantSpec("e4m3", (1, 32), Scale("e8m0"))),
+    "NVFP4": (QuantSpec(), QuantSpec(block=(16, 16))),
+    "NVFP4, stochastic rounding": (QuantSpec(rounding="stochastic8"), QuantSpec(block=(16, 16))),
+    "NVFP4, four over six": (load("configs/nvfp4-4over6.toml").recipes["nvfp4-4over6"].fprop.x,) * 2,
+    "MoR, by tensor": (load("configs/mor-tensor.toml").recipes["mor-tensor"].fprop.x,) * 2,
+    "INT8": (QuantSpec("int8", (1, -1), Scale("fp32")),) * 2,
+    "NF4": (QuantSpec("nf4", (1, 64), Scale("fp32")),) * 2,
+}
+
+
+def quantised(spec: Spec, capability: int) -> str:
+    """ "cvt" and "exact": by the kernel, with the conversions of the GPU or without; "fused": by torch.compile."""
+    from kernels import target_at
+    from kernels.quantize import quick
+    from quant.launch import side_of
+
+    if kernel.obstacle(spec):
+        return "fused"
+    scaled = [each for each in spec.candidates if each.scale.format != "none"]
+    return "cvt" if all(quick(side_of(each), target_at(capability)) for each in scaled) else "exact"
+
+
+def multiplied(a: Spec, b: Spec, capability: int) -> str:
+    """ "scaled_mm" and "native": the codes, by instructions that take them; "decoded": in BF16, in the kernel; "emulated"."""
+    from kernels.matmul import way
+
+    device = torch.device("cuda")
+    if not supports("scaled_mm", a, b, SIZES, device, capability=capability):
+        return "scaled_mm"
+    if supports("triton", a, b, SIZES, device, capability=capability):
+        return "emulated"
+    x, w = kind(a), kind(b)
+    return "decoded" if way((x.element, w.element), *SCALES[x.scale], capability) == "decoded" else "native"
+
+
+def table() -> str:
+    head = ("", "CPU", *GPUS)
+    rows = [head, ("---",) * len(head)]
+    for name, (a, b) in FORMATS.items():
+        cells = [f"{quantised(a, capability)} · {multiplied(a, b, capability)}" for capability in GPUS.values()]
+        rows.append((name, "fused · emulated", *cells))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
