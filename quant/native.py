@@ -164,10 +164,10 @@ def _triton(a: QTensor, b: QTensor, dtype: torch.dtype) -> Tensor:
     from quant.launch import matmul_op
 
     x, w = kind(a.spec), kind(b.spec)
-    return matmul_op(_parts(a), _parts(b), x.element, w.element, *SCALES[x.scale], a.rows_and_k[1], dtype)
+    return matmul_op(parts(a), parts(b), x.element, w.element, *SCALES[x.scale], a.rows_and_k[1], dtype)
 
 
-def _parts(q: QTensor) -> list[Tensor]:
+def parts(q: QTensor) -> list[Tensor]:
     """Codes, scales of each block along K, factor; empty where there is none."""
     factor, empty = factor_of(q), torch.empty(0, device=q.packed_codes.device)
     scales = empty if q.spec.leaves else line_scales(q).contiguous()

@@ -19,7 +19,7 @@ from kernels.quantize import quantize as quantize_both
 from quant import Context, Linear, QuantSpec, Scale, gemm, kernel, launch, quantize
 from quant.encode import encode
 from quant.gemm import Operand
-from quant.native import _parts, supports
+from quant.native import parts, supports
 from quant.qtensor import tiled
 from tests.test_kernels import CUDA, ENGINES, INTERPRETED, numbers, on
 
@@ -258,7 +258,7 @@ def test_the_operator_of_products(there):
         pytest.skip("in the interpreter or on a GPU: a driver that is not there is not one to opcheck")
     for specs in ((NV, NV), (TENSOR, ROWS)):
         packed = [on_device(encode(numbers("normal", 32, 64), spec)) for spec in specs]
-        given = [_parts(q) for q in packed]
+        given = [parts(q) for q in packed]
         scale = ("none", 1) if specs[0].leaves else (specs[0].scale.format, specs[0].block[1])
         formats = [spec.format for spec in specs]
         torch.library.opcheck(launch.matmul_op, (*given, *formats, *scale, 64, torch.bfloat16))
