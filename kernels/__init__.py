@@ -33,7 +33,8 @@ def target_at(capability: int, rs: bool = False) -> Target:
     if rs and capability not in HAVE_RS:
         here = f"sm_{capability}" if capability else "no GPU"
         raise ValueError(f"cvt.rs: an instruction of sm_100a and sm_103a, and this is {here}")
-    return Target(f32x2=capability >= 100, e2m1=capability >= 100, fp8=capability >= 90, max2=capability >= 90, rs=rs)
+    new, at_least_90 = capability >= 100, capability >= 90
+    return Target(f32x2=new, e2m1=new, fp8=at_least_90, max2=at_least_90, min2=capability >= 80, rs=rs)
 
 
 def capability() -> int:

@@ -53,13 +53,14 @@ FLOATS = {
 
 
 class Target(NamedTuple):
-    """What the GPU has: f32x2 arithmetic, cvt to e2m1x2, cvt to e4m3x2 and e5m2x2 that rounds right, max of bf16x2. rs: cvt.rs
-    is to round stochastically (8 bits) in place of exact arithmetic."""
+    """What the GPU has: f32x2 arithmetic, cvt to e2m1x2, cvt to e4m3x2 and e5m2x2 that rounds right, max of bf16x2, min of
+    f16x2. rs: cvt.rs is to round stochastically (8 bits) in place of exact arithmetic."""
 
     f32x2: bool = False
     e2m1: bool = False
     fp8: bool = False
     max2: bool = False
+    min2: bool = False
     rs: bool = False
 
 
@@ -235,6 +236,41 @@ def philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
+def _halves(round_: str, names: int) -> tl.constexpr:
+    """Inline PTX: codes of E2M1 of four pairs, 2^-14 times numbers, $1 to $4 and $5 to $8, in packed halves.
+
+    2^-14 times a number, the smallest normal number of E2M1 is that of fp16, so its code is bits 9 to 11 of the half, of
+    subnormal numbers too. Truncated to halves and clamped to 6 (NaN too), they are rounded by adding what `round_` adds below
+    bit 9 to m: of half h, $a and $b the two numbers, $c ... further operands."""
+    pairs = []
+    for i in range(4):
+        given = {letter: f"${1 + 4 * j + i}" for j, letter in enumerate("abcd"[:names])}
+        text = f"cvt.rz.f16x2.f32 h, $b, $a; and.b32 m, h, 0x7FFF7FFF; min.f16x2 m, m, six; {round_} "
+        text += f"and.b32 m, m, 0x0E000E00; and.b32 h, h, 0x80008000; or.b32 c{i}, m, h;"
+        for letter, name in given.items():
+            text = text.replace(f"${letter}", name)
+        pairs.append(text)
+    gather = (  # bytes 1 and 3 of each pair, sign at bit 7 and code at bit 1, to nibbles
+        "prmt.b32 c0, c0, c1, 0x7351; prmt.b32 c2, c2, c3, 0x7351; prmt.b32 c1, c0, c2, 0x5410; prmt.b32 c3, c0, c2, 0x7632; "
+        "shr.b32 m, c1, 1; and.b32 m, m, 0x07070707; shr.b32 h, c1, 4; and.b32 h, h, 0x08080808; or.b32 m, m, h; "
+        "shl.b32 h, c3, 3; and.b32 h, h, 0x70707070; or.b32 m, m, h; and.b32 h, c3, 0x80808080; or.b32 $0, m, h;"
+    )
+    registers = ".reg .b32 c<4>, h, l, m, s, one, six; mov.b32 one, 0x00010001; mov.b32 six, 0x0E000E00;"
+    return tl.constexpr(f"{{ {registers} {' '.join(pairs)} {gather} }}")
+
+
+# Nearest even: half a unit less one, and one if the last bit kept is 1 or any bit is set below those that a half has. Only at
+# halves of units does that count, where the halves have the upper 8 bits of the significand: of the lower 15, bits 0 to 14,
+# the smaller of them, as a half, and the smallest half is 1 or 0.
+NEAREST_HALVES: tl.constexpr = _halves(
+    "prmt.b32 s, $a, $b, 0x5410; and.b32 s, s, 0x7FFF7FFF; min.f16x2 s, s, one; shr.b32 l, m, 9; "
+    "and.b32 l, l, 0x00010001; or.b32 s, s, l; add.u32 m, m, 0x00FF00FF; add.u32 m, m, s;",
+    2,
+)
+# Stochastic, 8 bits: the random bytes $d of word $c, at bits 1 to 8.
+DITHERED_HALVES: tl.constexpr = _halves("prmt.b32 s, $c, 0, $d; mad.lo.u32 m, s, 2, m;", 4)
+
+
 @triton.jit
 def pair_of_codes(a, b, e, ra, rb, f: tl.constexpr, ROUNDING: tl.constexpr, N: tl.constexpr, t: tl.constexpr):
     """fp32 a and b, neighbours along the contraction, and what both are multiplied by -> their codes, a in the lower bits:
@@ -266,6 +302,17 @@ def pair_of_codes(a, b, e, ra, rb, f: tl.constexpr, ROUNDING: tl.constexpr, N: t
             "{ .reg .b8 c<4>; cvt.rn.satfinite.e2m1x2.f32 c0, $5, $1; cvt.rn.satfinite.e2m1x2.f32 c1, $6, $2; "
             "cvt.rn.satfinite.e2m1x2.f32 c2, $7, $3; cvt.rn.satfinite.e2m1x2.f32 c3, $8, $4; mov.b32 $0, {c0, c1, c2, c3}; }",
             "=r,f,f,f,f,f,f,f,f", [a, b], dtype=tl.uint8, is_pure=True, pack=4)  # fmt: skip
+    elif ROUNDING == "nearest" and f.name == "e2m1" and t.min2:
+        small = tl.full(a.shape, 2.0**-14, tl.float32)
+        a, b = mul_pair(a, b, small, small, t.f32x2)
+        return tl.inline_asm_elementwise(
+            NEAREST_HALVES, "=r,f,f,f,f,f,f,f,f", [a, b], dtype=tl.uint8, is_pure=True, pack=4)  # fmt: skip
+    elif ROUNDING == "stochastic" and N == 8 and f.name == "e2m1" and t.min2:
+        small = tl.full(a.shape, 2.0**-14, tl.float32)
+        a, b = mul_pair(a, b, small, small, t.f32x2)
+        return tl.inline_asm_elementwise(
+            DITHERED_HALVES, "=r,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r", [a, b, ra, rb], dtype=tl.uint8, is_pure=True, pack=4
+        )  # fmt: skip
     elif ROUNDING == "nearest" and f.name == "e4m3" and t.fp8:
         return tl.inline_asm_elementwise(
             "{ .reg .b16 c<2>; cvt.rn.satfinite.e4m3x2.f32 c0, $3, $1; cvt.rn.satfinite.e4m3x2.f32 c1, $4, $2; "

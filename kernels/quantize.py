@@ -89,7 +89,7 @@ def draws(s: Side, t: Target) -> str:
     added to packed halves (`pair_of_codes`); else "ints"."""
     if by_rs(s.element, s.random, t):
         return "word"
-    return "bytes" if t.e2m1 and s.element.name == "e2m1" and s.random == 8 else "ints"
+    return "bytes" if (t.e2m1 or t.min2) and s.element.name == "e2m1" and s.random == 8 else "ints"
 
 
 # --- Hadamard ---
@@ -509,11 +509,11 @@ class Tile(NamedTuple):
 
 
 def quick(side: Side, t: Target) -> bool:
-    """Whether an instruction makes the codes (`pair_of_codes`), so that a thread has registers for more of them."""
+    """Whether few instructions make the codes (`pair_of_codes`), so that a thread has registers for more of them."""
     if by_rs(side.element, side.random, t):
         return True
     if side.element.name == "e2m1":
-        return t.e2m1 and (side.rounding == "nearest" or side.random == 8)
+        return (t.e2m1 or t.min2) and (side.rounding == "nearest" or side.random == 8)
     return t.fp8 and side.rounding == "nearest" and side.element.name in ("e4m3", "e5m2")
 
 
@@ -525,11 +525,13 @@ def tile(M: int, K: int, rows: Side | None, cols: Side | None, t: Target) -> Til
     A, BM, random = 32 if wide else 16, 128 if large else 64, all(side.random for side in sides)
     if triton.knobs.runtime.interpret:
         return interpreted(M, K, A)
-    if not t.f32x2 or not all(quick(side, t) for side in sides):
+    fours = all(side.element.name == "e2m1" for side in sides)
+    if not (t.f32x2 or fours) or not all(quick(side, t) for side in sides):
         return Tile(A, BM, 128, 1 if wide else 2, BM // 16, again=True)
-    if all(side.block == 32 and not side.hadamard and not side.random for side in sides):  # (16 elements share a draw)
+    slim = all(side.block == 32 and not side.hadamard and not side.random for side in sides)  # (16 elements share a draw)
+    if t.f32x2 and slim:
         return Tile(8, 64, 128, 8, 2)
-    return Tile(A, BM, 128, 2 if wide else 4, BM // 32, again=random or large)
+    return Tile(A, BM, 128, 2 if wide else 4, BM // 32, again=random or large or not t.f32x2)
 
 
 def interpreted(M: int, K: int, A: int) -> Tile:

@@ -11,6 +11,7 @@ recipe makes of every operand on every architecture is `make kernels-check`.
 import os
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,10 +19,13 @@ import testing
 from configs import load
 from kernels import HAVE_RS, target_at
 from kernels import capability as current
+from kernels.numerics import NEAREST_HALVES
 from quant import Linear, QuantSpec, Scale, kernel, launch
 from quant.encode import encode
 from quant.random import Key, random_ints
 from quant.rounding import random_bits
+from testing.machine import run_asm
+from testing.numbers import to_e2m1
 from testing.operands import astray, beside, difference, element_codes, frequencies, numbers, rounded_by
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -209,6 +213,26 @@ def test_what_kernels_cannot_they_say(spec, why):
     assert why in kernel.obstacle(spec)
     with pytest.raises(ValueError, match="no kernel for"):
         kernel.encode(torch.randn(128, 192), spec, KEY)
+
+
+def test_packed_halves_round_as_fp32_does():
+    """The inline PTX for sm_80 and sm_90, executed: numbers around all ties of E2M1, as far as a half's unit and more; every
+    BF16 number."""
+    ties = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], np.float32).view(np.uint32).astype(np.int64)
+    steps = np.concatenate(
+        [np.arange(-300, 300), 2 ** np.arange(31)[:19], -(2 ** np.arange(31)[:19]), np.arange(-64, 64) << 12]
+    )
+    near = (ties[:, None] + steps).reshape(-1).astype(np.uint32)
+    bits = np.concatenate([near, near | np.uint32(1 << 31), np.arange(2**16, dtype=np.uint32) << 16])
+    bits = bits[: len(bits) // 8 * 8]
+    x = bits.view(np.float32)
+    with np.errstate(all="ignore"):
+        a, b = ((x[i::2] * np.float32(2.0**-14)).view(np.uint32) for i in range(2))
+    (found,) = run_asm(NEAREST_HALVES.value, "=r,f,f,f,f,f,f,f,f", [a, b], [8], 4)
+    found = np.stack([found & 15, found >> 4], 1).reshape(-1)
+    # NaN is 7, and its sign is a promise of nobody.
+    wanted = np.where(np.isnan(x), 7 | found & 8, to_e2m1(x))
+    assert len(x) > 2**16 and np.array_equal(found, wanted)
 
 
 def test_shapes_that_cannot_be_cut_raise_what_the_reference_raises():
