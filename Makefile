@@ -52,7 +52,7 @@ eval: run-given $(ready) ## evaluate a run or one of its checkpoints: RUN=out/NA
 
 test: $(ready) ## run the tests, without the slow ones; those of the kernels also in Triton's interpreter [ARGS="-k words"]
 	$(py) -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(py) -m pytest tests/test_kernels.py tests/test_matmul.py
+	TRITON_INTERPRET=1 $(py) -m pytest tests/test_kernels.py tests/test_mor_kernels.py tests/test_matmul.py
 
 test-all: $(ready) ## run the tests, with the slow ones
 	$(py) -m pytest -m '' $(ARGS)

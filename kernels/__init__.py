@@ -4,6 +4,8 @@
     quantize.py    a matrix to codes and scales, along one axis or both in one read
     amax.py        the largest magnitudes of a matrix, before or after a Hadamard transform
     prepare.py     what a tensor's amax makes of its scales
+    dequantise.py  codes and scales to values, of one candidate or of whichever each block has
+    errors.py      how far the values of a candidate are from what was quantised, block by block
     matmul.py      the product of two quantised matrices; no GEMM of a Linear takes it yet
 
 Each kernel has one source. Where a GPU has an instruction that gives the same bits as the exact arithmetic, `target_at` says

@@ -4,9 +4,9 @@
     NaN where the scale is. A candidate without codes is x itself: to BF16, nearest even, saturating; NaN where not finite.
 
 Codes [R, K], two of four bits to a byte, and scales [R / rows, K / block] lie in rows along the contraction, as quantize.py
-writes them for either side (not `swizzle`); x may also lie in columns. A program takes a tile [BR, BK]. With several candidates
-all are read under masks, codes only where their unit has them, so that what is moved is what is taken. Units may be of any
-size, or the whole of an axis.
+writes them for either side (not `swizzle`); x may also lie in columns. A program takes a tile [BR, BK]. Units may be of any
+size, or the whole of an axis: where a tile is within one, as of 128 x 128 or of a tensor, only its candidate is computed; else
+all are, read under masks, each only where its units are.
 
 Left out: outer scales of parts of a row; formats of more than eight bits.
 """
@@ -38,15 +38,19 @@ class Layout(NamedTuple):
 
 
 @triton.jit
-def load_x(x_ptr, r0, k0, R, K, TURNED: tl.constexpr, EVEN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
-    """-> fp32 (BR, BK), 0 outside of [R, K]. x: bits of BF16 as int16, or fp32; TURNED: it lies as [K, R]."""
+def load_x(x_ptr, wanted, r0, k0, R, K, TURNED: tl.constexpr, EVEN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+    """-> fp32 (BR, BK), 0 outside of [R, K] and of `wanted`, bool, or None for all of it. x: bits of BF16 as int16, or fp32;
+    TURNED: it lies as [K, R]."""
     r, k = r0 + tl.arange(0, BR), k0 + tl.arange(0, BK)
     if TURNED:
         at, there = x_ptr + k[:, None].to(tl.int64) * R + r[None, :], (k[:, None] < K) & (r[None, :] < R)
     else:
         at, there = x_ptr + r[:, None].to(tl.int64) * K + k[None, :], (r[:, None] < R) & (k[None, :] < K)
     zero = tl.zeros((), tl.float32).to(x_ptr.dtype.element_ty)
-    x = tl.load(at) if EVEN else tl.load(at, mask=there, other=zero)
+    if wanted is not None:
+        x = tl.load(at, mask=there & (tl.trans(wanted) if TURNED else wanted), other=zero)
+    else:
+        x = tl.load(at) if EVEN else tl.load(at, mask=there, other=zero)
     if x.dtype == tl.int16:
         x = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return tl.trans(x) if TURNED else x
@@ -78,11 +82,12 @@ def load_scales(scales_ptr, r, k0, R, K, c: tl.constexpr, EVEN: tl.constexpr, BR
 
 @triton.jit
 def values(
-    x, codes_ptr, scales_ptr, wanted, r0, k0, R, K,
-    c: tl.constexpr, EVEN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    x_ptr, codes_ptr, scales_ptr, wanted, r0, k0, R, K,
+    c: tl.constexpr, TURNED: tl.constexpr, EVEN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """fp32 (BR, BK): the values of a candidate, of x where it has no codes. wanted: bool, where, or None for everywhere."""
+    """fp32 (BR, BK): the values of a candidate, of x where it has no codes; wanted: as above."""
     if c.element is None:
+        x = load_x(x_ptr, wanted, r0, k0, R, K, TURNED, EVEN, BR, BK)
         a = bits(x) & 0x7FFFFFFF
         v = bf16_bits(x)
         v = tl.where((v & 0x7FFFFFFF) == 0x7F800000, v - 0x10000, v).to(tl.float32, bitcast=True)  # (the sign stays)
@@ -123,10 +128,19 @@ def times_factor(v, factor_ptr, r0, R, c: tl.constexpr, BR: tl.constexpr):
 
 
 @triton.jit
-def unit_of(r0, k0, K, P: tl.constexpr, Q: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
-    """(BR, 1) and (1, BK), whose sum is the number of the unit [P, Q] (0: the whole axis) that an element belongs to."""
-    r, k = r0 + tl.arange(0, BR)[:, None], k0 + tl.arange(0, BK)[None, :]
-    return (r // P if P > 0 else r * 0) * (K // Q if Q > 0 else 1), k // Q if Q > 0 else k * 0
+def unit_of(r0, k0, R, K, P: tl.constexpr, Q: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+    """The number of the unit [P, Q] (0: the whole axis) that an element of the tile belongs to: a scalar where all of the tile
+    does, else one that broadcasts to (BR, BK)."""
+    row, column = 0, 0
+    if P > 0 and P % BR == 0:
+        row = r0 // P
+    elif P > 0:
+        row = tl.minimum(r0 + tl.arange(0, BR)[:, None], R - 1) // P
+    if Q > 0 and Q % BK == 0:
+        column = k0 // Q
+    elif Q > 0:
+        column = tl.minimum(k0 + tl.arange(0, BK)[None, :], K - 1) // Q
+    return row * (K // Q if Q > 0 else 1) + column
 
 
 @triton.jit
@@ -139,25 +153,25 @@ def dequantise_kernel(
     times their factors."""
     r0, k0 = tl.program_id(0) * BR, tl.program_id(1) * BK
     N: tl.constexpr = len(candidates)
+    UNIFORM: tl.constexpr = (P == 0 or P % BR == 0) and (Q == 0 or Q % BK == 0)
     codes, scales, factors = (c0, c1, c2, c3), (s0, s1, s2, s3), (f0, f1, f2, f3)
     r, k = r0 + tl.arange(0, BR)[:, None], k0 + tl.arange(0, BK)[None, :]
-    x, index = 0, 0
-    for i in tl.static_range(N):
-        if candidates[i].element is None:
-            x = load_x(x_ptr, r0, k0, R, K, TURNED, EVEN, BR, BK)
+    taken, index = tl.zeros((BR, BK), tl.float32), 0
     if N > 1:
-        row, column = unit_of(r0, k0, K, P, Q, BR, BK)
-        if EVEN:
-            index = tl.load(index_ptr + row + column)
-        else:
-            index = tl.load(index_ptr + row + column, mask=(r < R) & (k < K), other=0)
-        index = tl.broadcast_to(index.to(tl.int32), (BR, BK))
-    taken = tl.zeros((BR, BK), tl.float32)
+        index = tl.load(index_ptr + unit_of(r0, k0, R, K, P, Q, BR, BK)).to(tl.int32)
+        if not UNIFORM:
+            index = tl.broadcast_to(index, (BR, BK))
     for i in tl.static_range(N):
-        v = values(x, codes[i], scales[i], index == i if N > 1 else None, r0, k0, R, K, candidates[i], EVEN, BR, BK)
-        if DENSE:
-            v = times_factor(v, factors[i], r0, R, candidates[i], BR)
-        taken = tl.where(index == i, v, taken) if i > 0 else v
+        if UNIFORM:
+            if index == i:
+                taken = values(x_ptr, codes[i], scales[i], None, r0, k0, R, K, candidates[i], TURNED, EVEN, BR, BK)
+                if DENSE:
+                    taken = times_factor(taken, factors[i], r0, R, candidates[i], BR)
+        else:
+            v = values(x_ptr, codes[i], scales[i], index == i, r0, k0, R, K, candidates[i], TURNED, EVEN, BR, BK)
+            if DENSE:
+                v = times_factor(v, factors[i], r0, R, candidates[i], BR)
+            taken = tl.where(index == i, v, taken)
     if out_ptr.dtype.element_ty == tl.int16:
         taken = taken.to(tl.bfloat16).to(tl.int16, bitcast=True)
     at = out_ptr + r.to(tl.int64) * K + k
@@ -204,7 +218,10 @@ def dequantise(
     dense: bool = False,
 ) -> Tensor:
     """-> [R, K] in BF16 or fp32. x: BF16 or fp32, where a candidate is x itself. index int64: of each unit which of several
-    candidates (at most MOST); unit: its [rows, contraction], 0 for the whole axis. dense: times the factors."""
+    candidates; unit: its [rows, contraction], 0 for the whole axis. dense: times the factors. Raises ValueError for more than
+    MOST candidates."""
+    if len(candidates) > MOST:
+        raise ValueError(f"{len(candidates)} candidates: expected at most {MOST}")
     (R, K), device = shape, candidates[0].codes.device if x is None else x.device
     out = torch.empty(R, K, dtype=dtype, device=device)
     raw = out.view(torch.int16) if dtype == torch.bfloat16 else out
@@ -213,7 +230,7 @@ def dequantise(
     passed += [read] * (3 * (MOST - len(candidates)))
     dequantise_kernel[triton.cdiv(R, how.BR), triton.cdiv(K, how.BK)](
         read, read if index is None else index.contiguous(), *passed, raw, R, K,
-        tuple(each.layout for each in candidates), *unit, dense,
+        tuple(each.layout if dense else each.layout._replace(factor="none") for each in candidates), *unit, dense,
         turned, R % how.BR == 0 and K % how.BK == 0, how.BR, how.BK, num_warps=how.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -81,13 +81,13 @@ def errors_kernel(
 ):  # fmt: skip
     """top fp32 [R / P, K / Q]; out fp64 [2, ceil(R / p), ceil(K / q)]."""
     r0, k0 = tl.program_id(0) * BR, tl.program_id(1) * BK
-    y = load_x(x_ptr, r0, k0, R, K, TURNED, EVEN, BR, BK)
+    y = load_x(x_ptr, None, r0, k0, R, K, TURNED, EVEN, BR, BK)
     u = bits(y) & 0x7FFFFFFF
     if BY == "dynamic_range":
         first = extreme(u, True, p, q)
         second = extreme(tl.where((u > 0) & (u < 0x7F800000), u, 0x7F800000), False, p, q)
     else:
-        v = values(y, codes_ptr, scales_ptr, None, r0, k0, R, K, candidate, EVEN, BR, BK)
+        v = values(x_ptr, codes_ptr, scales_ptr, None, r0, k0, R, K, candidate, TURNED, EVEN, BR, BK)
         v = times_factor(v, factor_ptr, r0, R, candidate, BR)
         r, k = r0 + tl.arange(0, BR)[:, None], k0 + tl.arange(0, BK)[None, :]
         if not EVEN:  # (a NaN among the scales reaches beyond the matrix)
@@ -103,11 +103,7 @@ def errors_kernel(
             t = tl.where((u > 0) & (v == 0), 1.0, tl.where(v == v, 0.0, float("nan")))
             first, second = total(t, 0, p, q), total(tl.where(u > 0, 1.0, 0.0), 0, p, q)
         else:
-            row, column = unit_of(r0, k0, K, P, Q, BR, BK)
-            if EVEN:
-                top = tl.load(top_ptr + row + column)
-            else:
-                top = tl.load(top_ptr + row + column, mask=(r < R) & (k < K), other=0.0)
+            top = tl.load(top_ptr + unit_of(r0, k0, R, K, P, Q, BR, BK))
             error, size = share(error, top), share(size, top)
             if BY == "squared_error":
                 error, size = error * error, size * size

@@ -173,7 +173,7 @@ class Operands:
     def ratio(self, bounds: tuple[Bound, ...], spec: QuantSpec) -> Tensor:
         enough, needed = [], []
         for b in bounds:
-            bound = b.below if b.than is None else b.below * self.metric(b.by, b.than)
+            bound = b.below if b.than is None else b.below * self.metric(b.by, unrotated(b.than))
             (enough if b.enough else needed).append(_quotient(self.metric(b.by, spec), bound))
         found = [torch.stack(needed).amax(0)] * bool(needed) + enough
         return found[0] if len(found) == 1 else torch.stack(found).amin(0)

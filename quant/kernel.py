@@ -25,10 +25,11 @@ from quant.qtensor import QTensor, in_memory
 from quant.random import Key, constants
 from quant.rounding import random_bits
 from quant.scaling import threshold
-from quant.spec import QuantSpec
+from quant.spec import QuantSpec, Scale
 
 BLOCKS = 16, 32, 64, 128
 CANDIDATES = 4  # of a ladder
+BF16 = QuantSpec("bf16", scale=Scale("none"))
 
 
 @lru_cache
@@ -59,11 +60,12 @@ def _of_ladder(choice: Choice) -> str:
     """Its candidates and what they are compared with, after their transform; unscaled, BF16 alone."""
     if len(choice.candidates) > CANDIDATES:
         return f"{len(choice.candidates)} candidates"
-    for spec in (*choice.candidates, *(bound.than for rung in choice.rungs for bound in rung if bound.than)):
+    compared = [bound.than for rung in choice.rungs for bound in rung if bound.than]
+    for spec in (replace(each, hadamard=0) for each in (*choice.candidates, *compared)):
         if spec.scale.format != "none":
-            why = obstacle(replace(spec, hadamard=0))
+            why = obstacle(spec)
         else:
-            why = "" if (spec.format, spec.rounding) == ("bf16", "nearest") else f"elements {spec.short()}"
+            why = "" if replace(spec, signs="fixed") == BF16 else f"elements {spec.short()}"
         if why:
             return why
     return ""

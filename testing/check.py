@@ -8,8 +8,8 @@ sm_100a, sm_103a and sm_120a; then
     shared        within what a block of the chip may have
     instructions  SASS per element, at most what testing/budgets.json says; --renew writes what is found there
     PTX           without approximate division, without a fused multiply-add; with the conversions its architecture has
-    bytes         codes and scales of the executed PTX equal those of the reference: of random numbers in whole tiles, and of
-                  ragged matrices of extreme, of subnormal and zero numbers, and of random bits
+    bytes         codes and scales, errors and values of the executed PTX equal those of the reference: of random numbers in
+                  whole tiles, and of ragged matrices of extreme, of subnormal and zero numbers, and of random bits
 
 Variants with stochastic rounding of 8 bits once more by cvt.rs, on sm_100a and sm_103a, which have it: then scales must equal
 the reference's, and every element be one of the two numbers next to what is rounded.
@@ -19,14 +19,17 @@ first byte that differs."""
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,14 +37,15 @@ import torch
 
 from kernels import HAVE_RS
 from kernels.matmul import matmul, native, per
-from quant import kernel
+from quant import QuantSpec, kernel
+from quant.choose import Operands
 from quant.encode import encode
-from quant.qtensor import QTensor, tiled
+from quant.qtensor import QTensor, logical, tiled
 from quant.random import Key
 from testing.device import Launch, compiled, emulated
-from testing.inspection import SHARED, TENSOR_COLUMNS, anatomy
-from testing.operands import astray, difference, numbers, rounded_by
-from testing.variants import Variant, variants
+from testing.inspection import SHARED, TENSOR_COLUMNS, Anatomy, anatomy
+from testing.operands import astray, difference, numbers, rounded_by, unequal
+from testing.variants import Decoded, Measured, Taken, Variant, decided, decoded, variants
 
 ARCHITECTURES = (80, 90, 100, 103, 120)
 BUDGETS = Path(__file__).with_name("budgets.json")
@@ -50,6 +54,7 @@ MARK = "<!-- what follows is written by `make kernels-check ARGS=--renew` -->"
 FORBIDDEN = r"\b(div\.(full|approx)|rcp\.approx|sqrt\.approx|ex2|lg2|fma\.|mad\.(rn|rz)\.f|mad\.f)"
 KEYS = Key(11, index=3, layer=1, use=0), Key(11, index=3, layer=1, use=4)
 HELD = torch.tensor(3.0)
+KINDS = "normal", "extreme", "subnormal", "bits"  # of numbers
 
 
 class Row(NamedTuple):
@@ -101,18 +106,11 @@ def moved(variant: Variant, rows: int, k: int, made: list[QTensor]) -> float:
     return 2 + sum(q.nbytes() for q in made) / (rows * k)
 
 
-def check(what: Variant | ByRs, capability: int, budget: float | None) -> Row:
-    """One variant on one architecture."""
-    variant, how = (what.variant, kernel.RS) if isinstance(what, ByRs) else (what, kernel.EXACT)
-    failures, elements = [], 0
-    sizes = [spec.multiple for spec in variant if spec]
-    ragged = (384, 128) if any(max(size) > 64 for size in sizes) else (160, 224)
-    x = numbers("normal", 128, 256)
-    made, launches = run(variant, x, capability, how)
-    whole = moved(variant, 128, 256, made)
-    launch = launches[-1]
+def inspected(launches: list[Launch], rows: int, capability: int, budget: float | None) -> tuple[Anatomy, float, list[str]]:
+    """Of the last launch, whose tile has so many rows: what it is made of, instructions an element; and what is wrong."""
+    failures, launch = [], launches[-1]
     found = anatomy(launch.kernel, capability)
-    count = found.count / (launch.constants["BM"] * launch.constants["BK"] / (32 * launch.kernel.metadata.num_warps))
+    count = found.count / (rows * launch.constants["BK"] / (32 * launch.kernel.metadata.num_warps))
     if found.spilled:
         failures.append(f"{found.spilled} bytes spilled")
     if found.shared > SHARED[capability]:
@@ -120,23 +118,99 @@ def check(what: Variant | ByRs, capability: int, budget: float | None) -> Row:
     if budget is not None and count > budget:
         failures.append(f"{count:.2f} instructions an element, the budget is {budget}")
     for each in launches:
-        ptx = each.kernel.asm["ptx"]
-        if bad := re.search(FORBIDDEN, ptx):
+        if bad := re.search(FORBIDDEN, each.kernel.asm["ptx"]):
             failures.append(f"{each.name} has {bad[0]}")
         if each.lanes is not None and each.lanes.approx:
             failures.append(f"{each.name} executed {dict(each.lanes.approx)}")
-        if how == kernel.EXACT and kernel.RS in ptx:
-            failures.append(f"{each.name} has {kernel.RS}, which nobody asked for")
-    words = required(variant, capability, how)
-    failures += [f"its PTX has no {word}" for word in words if word not in launch.kernel.asm["ptx"]]
-    kinds = () if capability == 103 else ("extreme", "subnormal", "bits")  # (its PTX is that of sm_100 but for its target)
-    for kind, shape in (("normal", None), *((kind, ragged) for kind in kinds)):
+    return found, count, failures
+
+
+def check(what: Variant | ByRs, capability: int, budget: float | None) -> Row:
+    """One variant on one architecture."""
+    variant, how = (what.variant, kernel.RS) if isinstance(what, ByRs) else (what, kernel.EXACT)
+    elements = 0
+    sizes = [spec.multiple for spec in variant if spec]
+    ragged = (384, 128) if any(max(size) > 64 for size in sizes) else (160, 224)
+    x = numbers("normal", 128, 256)
+    made, launches = run(variant, x, capability, how)
+    whole, launch = moved(variant, 128, 256, made), launches[-1]
+    found, count, failures = inspected(launches, launch.constants["BM"], capability, budget)
+    texts = {each.name: each.kernel.asm["ptx"] for each in launches}
+    if how == kernel.EXACT:
+        failures += [f"{name} has {kernel.RS}, which nobody asked for" for name, ptx in texts.items() if kernel.RS in ptx]
+    failures += [f"its PTX has no {word}" for word in required(variant, capability, how) if word not in texts[launch.name]]
+    kinds = KINDS[:1] if capability == 103 else KINDS  # (its PTX is that of sm_100 but for its target)
+    for kind, shape in ((kind, ragged if number else None) for number, kind in enumerate(kinds)):
         if shape:
             x = numbers(kind, *shape)
             made, _ = run(variant, x, capability, how)
         elements += x.numel() * len(made)
         failures += [f"{kind}: {words}" for words in wrong(variant, x, made, how)]
     return Row(what.short(), capability, found.registers, found.spilled, found.shared, count, whole, elements, failures)
+
+
+def matrices(rows: int, k: int, kinds: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Operands [R, K] in multiples of these, one of each kind: the first in whole tiles, in rows; others ragged, in columns."""
+
+    def up(size: int, unit: int) -> int:
+        return -(-size // unit) * unit
+
+    yield kinds[0], numbers(kinds[0], up(128, rows), up(256, k))
+    for kind in kinds[1:]:
+        yield kind, numbers(kind, up(224, k), up(96, rows)).t()
+
+
+def check_made(what: Measured | Taken, capability: int, budget: float | None, kinds: tuple[str, ...] = KINDS) -> Row:
+    """Errors or values of what the reference has quantised, on one architecture."""
+    specs = what.specs if isinstance(what, Taken) else (what.spec,) if what.spec else ()
+    sizes = [spec.multiple for spec in specs] + [tuple(max(size, 1) for size in what.per)]
+    elements, failures, found = 0, [], None
+    multiple = (math.lcm(*each) for each in zip(*sizes, strict=True))
+    for number, (kind, x) in enumerate(matrices(*multiple, kinds[:1] if capability == 103 else kinds)):
+        o = Operands(x, None, what.per)
+        codes = [None if spec.scale.format == "none" else _in_rows(encode(o.x, spec)) for spec in specs]
+        units = [size // unit for size, unit in zip(x.shape, what.per, strict=True) if unit > 0]
+        index = (torch.arange(math.prod(units)) + number).view(units) % max(len(specs), 1)
+        with emulated(capability) as launches:
+            made = _by_kernels(what, x, specs, codes, index)
+        if found is None:
+            found, count, failures = inspected(launches, launches[-1].constants["BR"], capability, budget)
+            first = sum(q.nbytes() for q in codes[:1] if q) / x.numel()  # (of several candidates it is the one that is taken)
+            size = first + (2 if isinstance(what, Measured) else _dtype(specs).itemsize)
+        for a, b in zip(made, _by_reference(what, o, specs, index), strict=True):
+            elements += x.numel()
+            failures += [words] if (words := unequal(kind, a, b)) else []
+    return Row(what.short(), capability, found.registers, found.spilled, found.shared, count, size, elements, failures)
+
+
+def _in_rows(q: QTensor) -> QTensor:
+    """As kernels write it."""
+    return dataclasses.replace(q, packed_codes=q.packed_codes.contiguous(), scale_codes=q.scale_codes.contiguous())
+
+
+def _dtype(specs: tuple[QuantSpec, ...]) -> torch.dtype:
+    return torch.bfloat16 if all(spec.exact for spec in specs) else torch.float32
+
+
+def _by_kernels(what: Measured | Taken, x: torch.Tensor, specs, codes: list[QTensor | None], index: torch.Tensor) -> tuple:
+    if isinstance(what, Measured):
+        return kernel.errors(x, what.spec, codes[0] if codes else None, what.by, what.per)
+    several = (x, index) if len(specs) > 1 else (None, None)
+    return (kernel.values(several[0], specs, codes, _dtype(specs), several[1], what.per, dense=index.ndim > 0),)
+
+
+def _by_reference(what: Measured | Taken, o: Operands, specs, index: torch.Tensor) -> tuple:
+    if isinstance(what, Measured):
+        return tuple(logical(part, o.transposed) for part in o._parts(what.by, what.spec))
+    return (o.mixed(specs, index, _dtype(specs)),)
+
+
+def check_decoded(what: Decoded, capability: int, budget: float | None) -> Row:
+    """All of them, in whole tiles of numbers with all scales; the largest number of each column."""
+    rows = [check_made(Taken((spec,), (-1, -1)), capability, budget, ("extreme",)) for spec in what.specs]
+    worst = [max(getattr(row, name) for row in rows) for name in Row._fields[2:7]]
+    failures = [f"{row.variant}: {words}" for row in rows for words in row.failures]
+    return Row(what.short(), capability, *worst, sum(row.elements for row in rows), failures)
 
 
 PRODUCTS = {
@@ -221,19 +295,22 @@ def required(variant: Variant, capability: int, how: str) -> list[str]:
     return words
 
 
-def work(task: tuple[Variant | ByRs | tuple, int, float | None]) -> Row:
+CHECKS = {Variant: check, ByRs: check, Measured: check_made, Taken: check_made, Decoded: check_decoded}
+
+
+def work(task: tuple[tuple, int, float | None]) -> Row:
     what, capability, budget = task
     with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the PTX that ptxas refuses
         try:
-            kernels = isinstance(what, Variant | ByRs)
-            return check(what, capability, budget) if kernels else check_product(what, capability)
+            function = CHECKS.get(type(what))
+            return function(what, capability, budget) if function else check_product(what, capability)
         except Exception as error:
             words = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
             return Row(name_of(what), capability, 0, 0, 0, 0.0, 0.0, 0, [words])
 
 
-def name_of(what: Variant | ByRs | tuple) -> str:
-    return what.short() if isinstance(what, Variant | ByRs) else "product " + " ".join(map(str, what))
+def name_of(what: tuple) -> str:
+    return what.short() if type(what) in CHECKS else "product " + " ".join(map(str, what))
 
 
 # Lanes x issues a second / bytes a second: instructions that a chip issues while its memory moves a byte. By data sheets and
@@ -276,7 +353,7 @@ def main(argv: list[str]) -> int:
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
     tasks = []
     by_rs = [ByRs(v) for v in variants() if any(spec and kernel.rounds_by_rs(spec) for spec in v)]
-    for what in [*PRODUCTS, *variants(), *by_rs]:
+    for what in [*PRODUCTS, *variants(), *by_rs, *decided(), decoded()]:
         for a in args.architectures or ARCHITECTURES:
             if args.only in name_of(what) and (a in HAVE_RS or not isinstance(what, ByRs)):
                 tasks.append((what, a, None if args.renew else budgets.get(name_of(what), {}).get(str(a))))

@@ -60,15 +60,23 @@ def difference(found: QTensor, wanted: QTensor, parts=("packed_codes", "scale_co
         a, b = getattr(found, name), getattr(wanted, name)
         if a is None and b is None:
             continue
-        if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        if a is None or b is None:
             shown = [t if t is None else f"{t.dtype} {list(t.shape)}" for t in (a, b)]
             return f"{name} of {found.spec.short()}: {shown[0]}, expected {shown[1]}"
-        a, b = a.cpu(), b.cpu()
-        if a.is_floating_point():
-            a, b = (torch.where(t.isnan(), torch.full_like(t, torch.nan), t).contiguous().view(torch.int32) for t in (a, b))
-        if words := _first(f"{name} of {found.spec.short()}", a, b, a != b):
+        if words := unequal(f"{name} of {found.spec.short()}", a, b):
             return words
     return ""
+
+
+def unequal(name: str, a: Tensor, b: Tensor) -> str:
+    """The first of their bits that differ, or ""; a NaN is a NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"{name}: {a.dtype} {list(a.shape)}, expected {b.dtype} {list(b.shape)}"
+    a, b = a.cpu(), b.cpu()
+    if a.is_floating_point():
+        ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
+        a, b = (torch.where(t.isnan(), torch.full_like(t, torch.nan), t).contiguous().view(ints) for t in (a, b))
+    return _first(name, a, b, a != b)
 
 
 def _first(name: str, a: Tensor, b: Tensor, wrong: Tensor) -> str:

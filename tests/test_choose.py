@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quant import Bound, Choice, Linear, Memory, QTensor, QuantSpec, Recipe, Scale, fuse, gemm, quantize
 from quant.choose import RELATIVE, SHARE, backward_error, choose, probed
+from quant.encode import rotated
 from quant.gemm import Operand
 from quant.metrics import STATS, operand_stats
 from quant.mixed import Mixed, from_state
@@ -555,3 +556,14 @@ def test_an_operand_that_cannot_be_cut():
         ValueError, match=r"rows, 100, must be a multiple of 32 for \[e4m3/32x32 fp32 \| bf16 unscaled\] by relative"
     ):
         quantize(normal(100, 64), two_way((32, 32)))
+
+
+def test_what_a_bound_compares_with_is_rotated_once():
+    """A ladder after a Hadamard transform decides what it decides of the transformed operand without one."""
+    x = normal(64, 128).bfloat16()
+    nv, mx = QuantSpec(), QuantSpec("e4m3", (1, 32), Scale("e8m0"))
+    rungs = lambda mx: ((Bound("relative_error", 0.28), Bound("backward_error", 4.0, mx)),)  # noqa: E731
+    turned = [replace(spec, hadamard=16) for spec in (nv, mx, BF16)]
+    a = choose(x, Choice((turned[0], turned[2]), per="tensor", bounds=rungs(turned[1])))
+    b = choose(rotated(x, turned[0]), Choice((nv, BF16), per="tensor", bounds=rungs(mx)))
+    assert a.ratios.tolist() == b.ratios.tolist() and a.index == b.index

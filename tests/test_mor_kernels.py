@@ -21,6 +21,7 @@ from tests.test_kernels import CUDA, ENGINES, INTERPRETED, ONE, SPECS, numbers, 
 
 KEY = Key(5, index=2, layer=1, use=4)
 BF16, INT8 = QuantSpec("bf16", scale=Scale("none")), QuantSpec("int8", (1, 32), Scale("fp32"))
+QUICK = INTERPRETED or CUDA  # else each kernel takes a second to compile
 SUMS = "relative_error", "underflow", "squared_error", "absolute_error", "largest_error"
 # What shipped ladders measure, what else there is of scales and formats, and their units.
 LAYOUTS = {
@@ -95,14 +96,15 @@ def test_every_code(name, engine):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_values_and_errors(name, engine):
-    compare(engine, numbers("normal", 128, 256), LAYOUTS[name], UNITS[:1])
+    metrics = SUMS if QUICK or name in ("nvfp4", "fp8 lines") and engine == 100 else SUMS[:1]
+    compare(engine, numbers("normal", 128, 256), LAYOUTS[name], UNITS[:1], metrics)
 
 
 @pytest.mark.parametrize("engine", ENGINES[:2])
 @pytest.mark.parametrize("kind", ["wide", "huge", "subnormal", "zeros", "nan", "bits"])
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "fp8 128x128", "fp8 128x128 gam", "fp8 lines"])
+@pytest.mark.parametrize("name", ["nvfp4", "fp8 128x128", "fp8 128x128 gam", "fp8 lines"])
 def test_extreme_numbers(name, kind, engine):
-    compare(engine, numbers(kind, 128, 128), LAYOUTS[name], UNITS[1:2])
+    compare(engine, numbers(kind, 128, 128), LAYOUTS[name], UNITS[1:2], SUMS if QUICK else ("relative_error", "underflow"))
 
 
 @pytest.mark.parametrize("engine", ENGINES[:2])
@@ -110,7 +112,8 @@ def test_extreme_numbers(name, kind, engine):
 def test_units(per, engine):
     x = numbers("wide", 192, 384) if per[0] != 128 else numbers("wide", 256, 384)
     x[: x.shape[0] // 2, ::5] = 0
-    compare(engine, x, SPECS["mxfp8"], [per], ("relative_error", "squared_error", "largest_error", "dynamic_range"))
+    metrics = (*SUMS, "dynamic_range") if QUICK else ("relative_error", "squared_error", "dynamic_range")
+    compare(engine, x, SPECS["mxfp8"], [per], metrics)
 
 
 @pytest.mark.parametrize("engine", ENGINES[:2])
@@ -123,7 +126,7 @@ def test_ragged_shapes_and_other_dtypes(name, engine):
         numbers("normal", rows, k, torch.float32),
         numbers("normal", rows, 2 * k)[:, ::2],
     ):
-        compare(engine, x, SPECS[name], UNITS[:1], ("relative_error", "largest_error", "underflow", "squared_error"))
+        compare(engine, x, SPECS[name], UNITS[:1], SUMS if QUICK else ("relative_error", "largest_error"))
 
 
 @pytest.mark.parametrize("engine", ONE)
@@ -156,26 +159,28 @@ def ladders() -> dict[str, Choice]:
     found["gated"] = replace(
         found["mor-block-3way fprop.x"],
         bounds=(
-            (Bound("dynamic_range", 114_688, enough=True), Bound("relative_error", than=LAYOUTS["fp8 128x128"])),
-            (Bound("largest_error", 0.05), Bound("underflow", 0.1)),
+            (Bound("dynamic_range", 1e4, enough=True), Bound("relative_error", 0.02)),
+            (Bound("largest_error", 0.1), Bound("underflow", 0.01)),
         ),
     )
     found["packed"] = Choice((QuantSpec(), mx, BF16), "squared_error", 0.005, (32, 64))
-    found["nearest"] = Choice((mx, five, BF16), "absolute_error", per=(32, 32))
+    found["nearest"] = Choice((five, mx), "absolute_error", per=(32, 32))
     return found
 
 
 LADDERS = ladders()
+FEW = "mor-channel fprop.x", "mor-block-3way fprop.x", "mor-nvfp4 dgrad.g", "gated", "packed", "nearest"
+SOME = [name if QUICK or name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in LADDERS]
 
 
 def operands(choice: Choice) -> list[torch.Tensor]:
-    """Of which some blocks are taken by each candidate."""
+    """Of which some blocks are taken by each candidate; the first two serve where kernels are slow."""
     rows, k = (max(128, size) for size in choice.multiple)
-    x = numbers("normal", rows, 2 * k)
-    spiky = x * torch.exp2((torch.arange(rows)[:, None] * 7 % 23 - 11) * (torch.arange(2 * k) >= k)).bfloat16()
-    zeros = x.clone()
-    zeros[:, :k] = 0
-    return [x, spiky, numbers("normal", k, rows).t(), zeros.float(), numbers("nan", rows, 2 * k)]
+    x = numbers("normal", 2 * rows, 2 * k)
+    several = x.clone()
+    several[:rows] *= torch.exp2((torch.arange(rows)[:, None] * 7 % 23 - 11) * (torch.arange(2 * k) >= k)).bfloat16()
+    several[rows:, k:] = 0
+    return [several, numbers("normal", k, rows).t(), x, several.float(), numbers("nan", rows, 2 * k)]
 
 
 def decided(choice: Choice, x, engine, picked=None):
@@ -185,11 +190,11 @@ def decided(choice: Choice, x, engine, picked=None):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", LADDERS)
+@pytest.mark.parametrize("name", SOME)
 def test_ladders(name, engine, monkeypatch):
     choice, seen = LADDERS[name], set()
     assert kernel.obstacle(choice) == "" and kernel.decides(operands(choice)[0], choice)
-    for x in operands(choice)[: 5 if engine == ENGINES[0] else 2]:
+    for x in operands(choice)[: 5 if QUICK else 2 if engine == 100 else 1]:
         monkeypatch.setattr(kernel, "DEVICES", set())
         wanted = decided(choice, x, None)
         monkeypatch.setattr(kernel, "DEVICES", {"cpu", "cuda"})
@@ -201,7 +206,8 @@ def test_ladders(name, engine, monkeypatch):
         same(found.factor, wanted.factor, "factor")
         same(found.error, wanted.error, "error")
         seen |= set(torch.as_tensor(wanted.index).flatten().tolist())
-    assert len(seen) > 1 or engine != ENGINES[0] or name.startswith("mor-channel")
+    one = choice.per == "tensor"
+    assert len(seen) > 1 or name.startswith("mor-channel") or (one and not QUICK)
 
 
 @pytest.mark.parametrize("engine", ENGINES[:2])
@@ -241,7 +247,7 @@ def test_ladders_that_kernels_do_not_decide(choice, why):
 def test_a_ladder_packed(engine, monkeypatch):
     """quantize gives a Mixed with the bytes of the reference."""
     choice = LADDERS["packed"]
-    x = operands(choice)[3]
+    x = operands(choice)[0]
     with on(engine):
         found = quantize(here(x), choice, KEY)
     monkeypatch.setattr(kernel, "DEVICES", set())
@@ -253,7 +259,7 @@ def test_a_ladder_packed(engine, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ONE)
-@pytest.mark.parametrize("name", ["mor-tensor", "mor-block-2way", "mor-nvfp4"])
+@pytest.mark.parametrize("name", ["mor-tensor", "mor-block-2way", "mor-nvfp4"] if QUICK else ["mor-block-2way"])
 def test_a_linear(name, engine, monkeypatch):
     """Forward and backward, by kernels and without: equal, as all that differs is who decides and quantises."""
     found = []
