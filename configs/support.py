@@ -34,7 +34,8 @@ FORMATS: dict[str, tuple[Spec, Spec]] = {
 
 
 def quantised(spec: Spec, capability: int) -> str:
-    """ "cvt" and "exact": by the kernel, with the conversions of the GPU or without; "fused": by torch.compile."""
+    """ "fast" and "slow": by the kernel, by conversions of the GPU or in packed halves, or number by number, with the same bits;
+    "fused": by torch.compile."""
     from kernels import target_at
     from kernels.quantize import quick
     from quant.launch import side_of
@@ -42,7 +43,7 @@ def quantised(spec: Spec, capability: int) -> str:
     if kernel.obstacle(spec):
         return "fused"
     scaled = [each for each in spec.candidates if each.scale.format != "none"]
-    return "cvt" if all(quick(side_of(each), target_at(capability)) for each in scaled) else "exact"
+    return "fast" if all(quick(side_of(each), target_at(capability)) for each in scaled) else "slow"
 
 
 def multiplied(a: Spec, b: Spec, capability: int) -> str:

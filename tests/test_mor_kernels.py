@@ -11,9 +11,8 @@ from configs import load
 from kernels.numerics import FLOATS
 from quant import Bound, Choice, Linear, QTensor, QuantSpec, Scale, kernel, launch
 from quant.choose import Operands, Quantised, choose, unrotated
-from quant.encode import decode, encode
+from quant.encode import decode, encode, factor_of
 from quant.formats import FORMATS
-from quant.kernel import left_over
 from quant.quantize import quantize
 from quant.random import Key
 from tests.helpers import assert_same_bits
@@ -296,4 +295,4 @@ def test_the_operators():
     for by, spec in (("squared_error", specs[0]), ("relative_error", specs[1]), ("dynamic_range", None)):
         parts = kernel._lists([q if spec is specs[0] else None], empty, True)
         torch.library.opcheck(launch.errors_op, (x, *parts, kernel._text(spec), by, [32, 0]))
-    assert left_over(q).ndim == 0
+    assert factor_of(q).ndim == 0
