@@ -34,8 +34,8 @@ FORMATS: dict[str, tuple[Spec, Spec]] = {
 
 
 def quantised(spec: Spec, capability: int) -> str:
-    """ "fast" and "slow": by the kernel, by conversions of the GPU or in packed halves, or number by number, with the same bits;
-    "fused": by torch.compile."""
+    """ "fast" and "slow": by the kernel, by conversions of the GPU or in packed halves, or number by number, with the same
+    bits; "fused": by torch.compile."""
     from kernels import target_at
     from kernels.quantize import quick
     from quant.launch import side_of

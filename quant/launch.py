@@ -93,7 +93,7 @@ def _given(spec: QuantSpec, found: Tensor | None, keys: list[Tensor], sign: Tens
     return Given(table, factor.contiguous(), words, sign), made, outer
 
 
-def _look(spec: QuantSpec | None) -> Look | None:
+def look_of(spec: QuantSpec | None) -> Look | None:
     """What must be known of the whole operand before its blocks."""
     if spec is None:
         return None
@@ -118,7 +118,7 @@ def quantize_op(
     x = x.clone() if x.storage_offset() % 2 else x  # (BF16 is read as words of two)
     specs, keys, t = (_spec(rows), _spec(cols)), (row_keys, col_keys), target_at(capability(), rs)
     sign = [spec and _sign_bits(spec, k[1] if k[1].numel() else None, x.device) for spec, k in zip(specs, keys, strict=True)]
-    looks = [_look(spec) for spec in specs]
+    looks = [look_of(spec) for spec in specs]
     same = looks[0] is not None and looks[0] == looks[1] == Look("tensor")  # one amax is that of both
     found = amax(x, looks[0], sign[0], None if same else looks[1], sign[1], t) if any(looks) else [None, None]
     given, out = [], []

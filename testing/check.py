@@ -37,7 +37,7 @@ import torch
 
 from kernels import HAVE_RS
 from kernels.matmul import matmul, native, per
-from quant import QuantSpec, kernel
+from quant import QuantSpec, kernel, launch
 from quant.choose import Operands
 from quant.encode import encode
 from quant.qtensor import QTensor, logical, tiled
@@ -109,7 +109,7 @@ def moved(variant: Variant, rows: int, k: int, made: list[QTensor]) -> float:
 def inspected(launches: list[Launch], rows: int, capability: int, budget: float | None) -> tuple[Anatomy, float, list[str]]:
     """Of the last launch, whose tile has so many rows: what it is made of, instructions an element; and what is wrong."""
     failures, launch = [], launches[-1]
-    found = anatomy(launch.kernel, capability)
+    found = anatomy(launch.kernel)
     count = found.count / (rows * launch.constants["BK"] / (32 * launch.kernel.metadata.num_warps))
     if found.spilled:
         failures.append(f"{found.spilled} bytes spilled")
@@ -125,27 +125,31 @@ def inspected(launches: list[Launch], rows: int, capability: int, budget: float 
     return found, count, failures
 
 
+def ragged(variant: Variant) -> list[tuple[str, torch.Tensor]]:
+    """Matrices whose tiles are not whole, of the kinds of numbers but the first; in one launch where no scale spans it."""
+    large = any(max(spec.multiple) > 64 for spec in variant if spec)
+    found = [(kind, numbers(kind, *((384, 128) if large else (160, 224)))) for kind in KINDS[1:]]
+    if any(launch.look_of(spec) for spec in variant):
+        return found
+    return [(", ".join(KINDS[1:]), torch.cat([x for _, x in found]))]
+
+
 def check(what: Variant | ByRs, capability: int, budget: float | None) -> Row:
     """One variant on one architecture."""
     variant, how = (what.variant, kernel.RS) if isinstance(what, ByRs) else (what, kernel.EXACT)
-    elements = 0
-    sizes = [spec.multiple for spec in variant if spec]
-    ragged = (384, 128) if any(max(size) > 64 for size in sizes) else (160, 224)
-    x = numbers("normal", 128, 256)
+    elements, x = 0, numbers("normal", 128, 256)
     made, launches = run(variant, x, capability, how)
-    whole, launch = moved(variant, 128, 256, made), launches[-1]
-    found, count, failures = inspected(launches, launch.constants["BM"], capability, budget)
+    whole, last = moved(variant, 128, 256, made), launches[-1]
+    found, count, failures = inspected(launches, last.constants["BM"], capability, budget)
     texts = {each.name: each.kernel.asm["ptx"] for each in launches}
     if how == kernel.EXACT:
         failures += [f"{name} has {kernel.RS}, which nobody asked for" for name, ptx in texts.items() if kernel.RS in ptx]
-    failures += [f"its PTX has no {word}" for word in required(variant, capability, how) if word not in texts[launch.name]]
-    kinds = KINDS[:1] if capability == 103 else KINDS  # (its PTX is that of sm_100 but for its target)
-    for kind, shape in ((kind, ragged if number else None) for number, kind in enumerate(kinds)):
-        if shape:
-            x = numbers(kind, *shape)
-            made, _ = run(variant, x, capability, how)
-        elements += x.numel() * len(made)
-        failures += [f"{kind}: {words}" for words in wrong(variant, x, made, how)]
+    failures += [f"its PTX has no {word}" for word in required(variant, capability, how) if word not in texts[last.name]]
+    others = [] if capability == 103 else ragged(variant)  # (its PTX is that of sm_100 but for its target)
+    for kind, y in [("normal", x), *others]:
+        made = made if y is x else run(variant, y, capability, how)[0]
+        elements += y.numel() * len(made)
+        failures += [f"{kind}: {words}" for words in wrong(variant, y, made, how)]
     return Row(what.short(), capability, found.registers, found.spilled, found.shared, count, whole, elements, failures)
 
 
@@ -250,7 +254,7 @@ def check_product(kind: tuple[str, str, str, int], capability: int) -> Row:
             factors = torch.ones(()), None if scale != "none" else torch.ones(N, 1)
             matmul(*operands, factors, tuple(formats), scale, group, K, capability, dtype)
         (launch,) = launches
-        found, words = anatomy(launch.kernel, capability), []
+        found, words = anatomy(launch.kernel), []
         if found.spilled:
             words.append(f"{found.spilled} bytes spilled")
         if found.shared > SHARED[capability] or found.tensor > TENSOR_COLUMNS:

@@ -1,7 +1,7 @@
 """What a compiled kernel is made of: registers, spills, memory, instructions. Nothing here needs a GPU.
 
-registers, spilled bytes        of ptxas -v on the PTX
-instructions                    of cuobjdump -sass on the cubin, counted as written: straight-line kernels execute each once
+registers, spilled bytes        of cuobjdump -res-usage on the cubin: a stack, which our kernels have for spills alone
+instructions                    of cuobjdump -sass, counted as written: straight-line kernels execute each once
 shared, tensor memory           of Triton's metadata; limits are the chips', which a driver would check and nobody does here
 """
 
@@ -21,7 +21,7 @@ TENSOR_COLUMNS = 512
 
 class Anatomy(NamedTuple):
     registers: int
-    spilled: int  # bytes stored and loaded
+    spilled: int  # bytes of a thread's stack
     shared: int  # bytes
     tensor: int  # columns
     instructions: Counter  # SASS, by name without modifiers, NOP left out
@@ -31,27 +31,16 @@ class Anatomy(NamedTuple):
         return self.instructions.total()
 
 
-def anatomy(kernel, capability: int) -> Anatomy:
-    """Of what Triton has compiled for that capability. Raises ValueError with the words of ptxas if it refuses the PTX."""
-    tool = (knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas).path
+def anatomy(kernel) -> Anatomy:
+    """Of what Triton has compiled."""
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(kernel.asm["ptx"])
-        name = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        command = [tool, "-v", f"--gpu-name={name}", "--regAllocOptLevel=2", str(ptx), "-o", str(cubin)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"ptxas for {name}: {done.stderr.strip().splitlines()[:1]}")
+        cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-        listing = subprocess.run([knobs.nvidia.cuobjdump.path, "-sass", str(cubin)], capture_output=True, text=True, check=True)
-
-    def number(pattern: str) -> int:
-        found = re.search(pattern, done.stderr)
-        return int(found[1]) if found else 0
-
-    spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(cubin)]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
     tensor = getattr(kernel.metadata, "tmem_size", 0) or 0
-    return Anatomy(number(r"Used (\d+) registers"), spilled, kernel.metadata.shared, tensor, _instructions(listing.stdout))
+    return Anatomy(used["REG"], used["STACK"] + used["LOCAL"], kernel.metadata.shared, tensor, _instructions(listing))
 
 
 def _instructions(sass: str) -> Counter:
