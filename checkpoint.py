@@ -12,7 +12,7 @@ Written to a temporary folder, every file fsynced, the folder renamed: a kill at
 worst a folder that is never read. Nothing of a random generator is stored, because nothing draws from one: noise and data
 are functions of the counters in state.json.
 
-Left out so far: several ranks, export formats.
+Left out so far: several ranks. Other layouts are written by export.py.
 """
 
 import hashlib

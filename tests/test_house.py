@@ -20,7 +20,7 @@ FLOORS = {
     "bench": 9,
     "studies": 8, "testing": 8,
     "compare": 7, "search": 7,
-    "train": 6, "evaluate": 6, "plan": 6,
+    "train": 6, "evaluate": 6, "export": 6, "plan": 6,
     "run": 5,
     "checkpoint": 4, "plot": 4,
     "configs": 3,
