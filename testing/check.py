@@ -37,14 +37,15 @@ import torch
 
 from kernels import HAVE_RS
 from kernels.matmul import matmul, native, per
-from quant import QuantSpec, kernel, launch
+from quant import QuantSpec, Scale, kernel, launch
 from quant.choose import Operands
 from quant.encode import encode
 from quant.qtensor import QTensor, logical, tiled
 from quant.random import Key
 from testing.device import Launch, compiled, emulated
-from testing.inspection import SHARED, TENSOR_COLUMNS, Anatomy, anatomy
+from testing.inspection import SHARED, TENSOR_COLUMNS, Anatomy, anatomy, resources
 from testing.operands import astray, difference, numbers, rounded_by, unequal
+from testing.products import product
 from testing.variants import Decoded, Measured, Taken, Variant, decided, decoded, variants
 
 ARCHITECTURES = (80, 90, 100, 103, 120)
@@ -111,8 +112,7 @@ def inspected(launches: list[Launch], rows: int, capability: int, budget: float 
     failures, launch = [], launches[-1]
     found = anatomy(launch.kernel)
     count = found.count / (rows * launch.constants["BK"] / (32 * launch.kernel.metadata.num_warps))
-    if found.spilled:
-        failures.append(f"{found.spilled} bytes spilled")
+    failures += [f"{each.name}: {count} bytes spilled" for each in launches if (count := resources(each.kernel)[1])]
     if found.shared > SHARED[capability]:
         failures.append(f"{found.shared} bytes of shared memory, the chip has {SHARED[capability]}")
     if budget is not None and count > budget:
@@ -240,7 +240,7 @@ SIZES = (1536, 2816, torch.bfloat16, 32), (1000, 24_000, torch.float32, 36), (25
 
 def check_product(kind: tuple[str, str, str, int], capability: int) -> Row:
     """A product compiles, to the instructions of its architecture, and its operands reach the tensor cores by copies that run
-    ahead of the product. (Numbers: tests/test_matmul.py.)"""
+    ahead of the product; the emulator, which knows the tensor cores of sm_80 and sm_120, makes the right numbers of it."""
     *formats, scale, group = kind
     name, failures, shown = f"product {' x '.join(formats)}, {scale}/{group}", [], None
     for M, N, dtype, groups in SIZES[: 1 if capability == 103 else None]:  # (what differs from sm_100 is the target)
@@ -264,6 +264,15 @@ def check_product(kind: tuple[str, str, str, int], capability: int) -> Row:
         shown = shown or (found, found.count * 32 * launch.kernel.metadata.num_warps, launch.constants)
     found, lanes, cut = shown
     count = lanes / (cut["BM"] * cut["BN"] * cut["BK"])
+    if capability in (80, 120):
+        block, format_ = ((1, group), scale) if group else ((1, -1), "fp32")
+        specs = tuple(QuantSpec(fmt, block, Scale(format_)) for fmt in formats)
+        y, exact, bound = product(emulated(capability), specs, 96, 112, 9 * (group or 16))
+        if worst := int((~((y - exact).abs() <= bound)).sum()):
+            i = tuple((~((y - exact).abs() <= bound)).nonzero()[0].tolist())
+            failures.append(
+                f"{worst} of {y.numel()} are off, first at {list(i)}: {y[i]}, expected {exact[i]} +- {bound[i]:.2g}"
+            )
     return Row(name, capability, found.registers, found.spilled, found.shared, count, 0.0, 0, failures)
 
 

@@ -33,14 +33,22 @@ class Anatomy(NamedTuple):
 
 def anatomy(kernel) -> Anatomy:
     """Of what Triton has compiled."""
+    tensor = getattr(kernel.metadata, "tmem_size", 0) or 0
+    return Anatomy(*resources(kernel), kernel.metadata.shared, tensor, _instructions(_dumped(kernel, "-sass")))
+
+
+def resources(kernel) -> tuple[int, int]:
+    """Registers, and bytes of a thread's stack: hundred times as fast as the instructions."""
+    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", _dumped(kernel, "-res-usage"))}
+    return used["REG"], used["STACK"] + used["LOCAL"]
+
+
+def _dumped(kernel, what: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(cubin)]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
-    tensor = getattr(kernel.metadata, "tmem_size", 0) or 0
-    return Anatomy(used["REG"], used["STACK"] + used["LOCAL"], kernel.metadata.shared, tensor, _instructions(listing))
+        command = [knobs.nvidia.cuobjdump.path, what, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _instructions(sass: str) -> Counter:

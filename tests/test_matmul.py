@@ -16,11 +16,12 @@ from kernels import target_at
 from kernels.matmul import matmul, native, obstacle, tile, way
 from kernels.quantize import Given
 from kernels.quantize import quantize as quantize_both
-from quant import Context, Linear, QuantSpec, Scale, gemm, kernel, launch, quantize
+from quant import Context, Linear, QuantSpec, Scale, gemm, kernel, launch
 from quant.encode import encode
 from quant.gemm import Operand
 from quant.native import parts, supports
 from quant.qtensor import tiled
+from testing import products
 from tests.test_kernels import CUDA, ENGINES, INTERPRETED, numbers, on
 
 NV = QuantSpec()
@@ -55,26 +56,8 @@ def swizzled(scale: torch.Tensor) -> torch.Tensor:
 
 
 def product(engine, specs, M: int, N: int, K: int, dtype=torch.float32, capability=None):
-    """-> y of the kernel; the exact one, fp64; and the bound on their difference. capability: as on which GPU, where the
-    interpreter runs it."""
-    operands = [quantize(numbers("normal", rows, K), spec) for rows, spec in zip((M, N), specs, strict=True)]
-    formats = tuple(spec.format for spec in specs)
-    blocks = specs[0].block[1] > 0
-    scale, group = (specs[0].scale.format, specs[0].block[1]) if blocks else ("none", 0)
-    factors = [q.global_scale if blocks else q.scale_codes for q in operands]
-    with on(engine):
-        capability = current() if capability is None else capability
-        order = swizzled if native(formats, scale, group, capability) else torch.Tensor.contiguous
-        given = [(q.packed(), order(q.scale_codes) if blocks else None) for q in operands]
-        if CUDA:
-            given, factors = ([tuple(t and t.cuda() for t in pair) for pair in given], [f and f.cuda() for f in factors])
-        y = matmul(*given, factors, formats, scale, group, K, capability, dtype).cpu().double()
-    x, w = (q.dequantize().double() for q in operands)
-    exact = x @ w.t()
-    # Sums of K terms in fp32, in any order, toward zero at worst, then a product with that of the factors, and a rounding to
-    # the dtype. (dequantize rounds code * factor to fp32, half an ulp of each of two operands.)
-    ulp, last = 2.0**-23, torch.finfo(dtype).eps / 2
-    return y, exact, (x.abs() @ w.abs().t()) * (K + 1) * ulp * 1.01 + exact.abs() * (2 * ulp + last) * 1.01
+    """testing.products.product there; capability: as on which GPU, where the interpreter runs it."""
+    return products.product(on(engine), specs, M, N, K, dtype, capability, "cuda" if CUDA else "cpu")
 
 
 @pytest.mark.parametrize("engine", MACHINES)
