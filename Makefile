@@ -22,7 +22,7 @@ ready := .venv/.ready-$(DEVICE)
 groups = $(py) -c 'import sys, tomllib; table = tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]; \
 	print(*(line for name in sys.argv[1:] for line in table[name]), sep="\n")'
 
-.PHONY: help setup data train plot compare search eval export test test-all test-gpu kernels-check bench bench-gpu outcomes schema table lint resolve clean run-given config-exists
+.PHONY: help setup data train plot compare search eval inspect export test test-all test-gpu kernels-check bench bench-gpu outcomes schema table lint resolve clean run-given config-exists
 .DEFAULT_GOAL := help
 
 help: ## this table
@@ -49,6 +49,10 @@ search: $(ready) ## a policy from measured errors: RUN=config, run or checkpoint
 
 eval: run-given $(ready) ## evaluate a run or one of its checkpoints: RUN=out/NAME [ARGS=...]
 	$(py) evaluate.py $(RUN) $(ARGS)
+
+inspect: $(ready) ## what a checkpoint holds, and how far another is from it: STEP=out/NAME[/step_N] [OTHER=...]
+	$(if $(STEP),,$(error make inspect needs STEP=..., a run or one of its steps))
+	$(py) contents.py $(STEP) $(OTHER)
 
 export: run-given $(ready) ## a Hugging Face folder: RUN=out/NAME FORMAT=nvfp4|nvfp4a16|mxfp8|mixed|bf16 [LAYOUT=modelopt]
 	$(py) export.py $(RUN) $(if $(FORMAT),--format $(FORMAT)) $(if $(LAYOUT),--layout $(LAYOUT)) $(ARGS)
