@@ -3,8 +3,9 @@
     out/NAME/step_000100/   model.safetensors      fp32 masters, by parameter name: the truth
                                                    and the amaxes that delayed scaling remembers
                             optimizer.safetensors  exp_avg.NAME, exp_avg_sq.NAME: fp32; compensation.NAME under Kahan's update
-                            quantized.safetensors  codes, scales and global scales of every quantised weight, as the
-                                                   forward pass of training used them; their specs in the metadata
+                            quantized.safetensors  all that a forward pass needs: codes, scales and global scales of every
+                                                   quantised weight, as training used them, other matrices in the compute
+                                                   dtype; specs, config and state in the metadata, so that it stands alone
                             state.json             step, tokens, data position, policy in force
                             tokenizer.model        MANIFEST.json (sha256 of each file)        COMPLETE
 
@@ -19,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,14 +70,12 @@ def save(
         save_file(parameters(model), temporary / "model.safetensors")
         compensation = {f"compensation.{name}": c for name, c in store.compensation.items()} if store else {}
         save_file(_moments(model, optimizer) | compensation, temporary / "optimizer.safetensors")
-        tensors, descriptions = {}, {}
-        for name, module in linears(model).items():
-            if (q := module.quantized_weight()) is not None:
-                parts, descriptions[name] = q.state(name)
-                tensors |= parts
-        save_file(tensors, temporary / "quantized.safetensors", metadata={"specs": json.dumps(descriptions)})
+        tensors, specs = packed(model)
+        record = {"version": VERSION, "step": step, **state}
+        metadata = {"specs": json.dumps(specs), "state": json.dumps(record), "config": (run / "config.toml").read_text()}
+        save_file(tensors, temporary / "quantized.safetensors", metadata=metadata)
         shutil.copyfile(tokenizer, temporary / "tokenizer.model")
-        (temporary / "state.json").write_text(json.dumps({"version": VERSION, "step": step, **state}, indent=1))
+        (temporary / "state.json").write_text(json.dumps(record, indent=1))
         manifest = {f.name: sha256(f) for f in sorted(temporary.iterdir())}
         (temporary / "MANIFEST.json").write_text(json.dumps({"version": VERSION, "sha256": manifest}, indent=1))
         (temporary / "COMPLETE").touch()
@@ -121,13 +121,27 @@ def recover(run: Path) -> list[str]:
 
 
 def size_estimate(model: nn.Module) -> int:
-    """Bytes of one checkpoint: masters and two moments in fp32, quantised weights at most a byte a parameter."""
-    return 13 * sum(p.numel() for p in model.parameters())
+    """Bytes of one checkpoint: masters and two moments in fp32, and at most two bytes a parameter for the forward pass."""
+    return 14 * sum(p.numel() for p in model.parameters())
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, and what Linears remember (delayed scaling); tied ones once."""
     return {name: p.detach() for name, p in model.named_parameters()} | _memory(model)
+
+
+def packed(model: GPT) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """(the tensors of quantized.safetensors, the description of each Linear that is quantised)."""
+    tensors, specs, modules = {}, {}, linears(model)
+    for name, module in modules.items():
+        if (q := module.quantized_weight()) is not None:
+            parts, specs[name] = q.state(name)
+            tensors |= parts
+    for name, p in parameters(model).items():
+        owner = name.removesuffix(".weight")
+        if owner not in specs:
+            tensors[name] = p.to(model.dtype) if owner in modules or owner == "embedding" else p
+    return tensors, specs
 
 
 def _memory(model: nn.Module) -> dict[str, Tensor]:
@@ -191,7 +205,7 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, store: W
     ValueError if damaged or if the model has other parameters."""
     intact(folder)
     state = json.loads((folder / "state.json").read_text())
-    _fill(model, load_file(folder / "model.safetensors"), folder)
+    _fill(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
     moments = load_file(folder / "optimizer.safetensors")
     for name, p in model.named_parameters():
         if f"exp_avg.{name}" in moments:
@@ -205,11 +219,11 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, store: W
 
 
 @torch.no_grad()
-def _fill(model: GPT, tensors: dict[str, Tensor], folder: Path) -> None:
+def _fill(model: GPT, tensors: dict[str, Tensor], file: Path) -> None:
     for name, p in model.named_parameters():
         shape = tuple(tensors[name].shape) if name in tensors else "nothing"
         if shape != tuple(p.shape):
-            raise ValueError(f"{folder / 'model.safetensors'}: {name} is {shape}, the config's model wants {tuple(p.shape)}")
+            raise ValueError(f"{file}: {name} is {shape}, the config's model wants {tuple(p.shape)}")
         p.copy_(tensors[name])
     for name in tensors.keys() - dict(model.named_parameters()).keys():  # memory, of whatever recipe had one
         module, _, buffer = name.rpartition(".")
@@ -238,29 +252,55 @@ def find(run_or_step: str | Path) -> Path:
 def load_model(run_or_step: str | Path, weights: str = "master") -> Loaded:
     """The model of a checkpoint, with the policy in force when it was saved, in evaluation mode.
 
-    weights: "master" = fp32 masters, which the policy quantises again; "quantized" = the stored codes and scales, whose
-    forward pass is bitwise that of training, without needing the masters of quantised matrices.
+    weights: "master" = fp32 masters, which the policy quantises again; "quantized" = quantized.safetensors alone, whose
+    forward pass is bitwise that of training.
     Raises ValueError if the checkpoint is damaged or absent.
     """
     folder = find(run_or_step)
     intact(folder)
-    config = load(folder.parent / "config.toml")
+    if weights == "quantized":
+        return load_packed(folder / "quantized.safetensors")
     state = json.loads((folder / "state.json").read_text())
+    config = load(folder.parent / "config.toml")
+    model = _built(config, state)
+    _fill(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
+    model.requires_grad_(False)
+    return Loaded(model, config, Tokenizer.load(folder), state, folder)
+
+
+def load_packed(file: str | Path) -> Loaded:
+    """The model of one quantized.safetensors, wherever it lies; its tokenizer, if tokenizer.model lies beside it, else None.
+    Raises ValueError if it is no such file."""
+    file = Path(file)
+    try:
+        with safe_open(file, "pt") as f:
+            found, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    if not found.keys() >= {"specs", "state", "config"}:
+        raise ValueError(f"{file}: no model, which has specs, state and config in its metadata; only {sorted(found)}")
+    with tempfile.TemporaryDirectory() as place:
+        (text := Path(place, "config.toml")).write_text(found["config"])
+        config = load(text)
+    state = json.loads(found["state"])
+    model = _built(config, state)
+    codes = {name: from_state(name, tensors, each) for name, each in json.loads(found["specs"]).items()}
+    parts = {part for name, q in codes.items() for part in q.state(name)[0]}
+    modules = linears(model)
+    rest = {name: t for name, t in tensors.items() if name not in parts}
+    _fill(model, rest | {f"{name}.weight": modules[name].dequantized(q) for name, q in codes.items()}, file)
+    model.requires_grad_(False)
+    for name, q in codes.items():
+        modules[name].use(q)
+    tokenizer = Tokenizer.load(file.parent) if (file.parent / "tokenizer.model").exists() else None
+    return Loaded(model, config, tokenizer, state, file.parent)
+
+
+def _built(config: Config, state: dict) -> GPT:
+    """The model at a place in the run, without its parameters."""
     model = GPT(config.model, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]).eval()
     attach(model, context := Context(config.train.seed, state["gemm"]))
     context.at(max(state["step"] - 1, 0), max(state["next_micro_batch"] - 1, 0))
-    tensors = load_file(folder / "model.safetensors")
     assign(model, config.recipes, config.policy, state["progress"])
     assign_sites(model, config.sites)
-    if weights == "quantized":
-        with safe_open(folder / "quantized.safetensors", "pt") as f:
-            stored = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-            specs = json.loads(f.metadata()["specs"])
-        codes = {name: from_state(name, stored, description) for name, description in specs.items()}
-        tensors |= {f"{name}.weight": linears(model)[name].dequantized(q) for name, q in codes.items()}
-    _fill(model, tensors, folder)
-    model.requires_grad_(False)
-    if weights == "quantized":
-        for name, q in codes.items():
-            linears(model)[name].use(q)
-    return Loaded(model, config, Tokenizer.load(folder), state, folder)
+    return model

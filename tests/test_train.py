@@ -158,9 +158,47 @@ def test_stored_codes_give_the_forward_of_training(finished):
         assert torch.equal(master.model(tokens), stored.model(tokens))
         with unquantized(master.model):
             assert not torch.equal(master.model(tokens), stored.model(tokens))
-    bits = sum(t.numel() * t.element_size() * 8 for t in load_file(finished / "step_000020/quantized.safetensors").values())
+    bits = 8 * sum(t.nbytes for t in codes_of(stored.folder).values())
     weights = sum(m.weight.numel() for m in linears(stored.model).values() if m.recipe)
     assert bits / weights < 4.04  # 4 + 8 / 256, and one fp32 scale a matrix
+
+
+def codes_of(step: Path) -> dict[str, torch.Tensor]:
+    """What is quantised in a step: without the matrices that are not, and gains."""
+    return {name: t for name, t in load_file(step / "quantized.safetensors").items() if not name.endswith("weight")}
+
+
+ALONE = """
+import sys, torch, checkpoint
+loaded = checkpoint.load_packed(sys.argv[1])
+with torch.no_grad():
+    torch.save(loaded.model(torch.load(sys.argv[2])), sys.argv[3])
+assert loaded.tokenizer is None
+"""
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "fp8-delayed", "mxfp8-gains", "tiny-bf16", "mor-block-3way"])
+def test_the_packed_file_alone_is_the_model(small, name, tmp_path):
+    """In a process of its own, without config, masters and folder: the logits of the masters, bit for bit; and smaller."""
+    extra = ["model.tied_head=true"] if name == "mxfp8-gains" else LADDERS.get(name, [])
+    train.main([str(ROOT / f"configs/{name}.toml"), *small, f"run.name=alone-{name}", *extra, "train.steps=5"])
+    loaded = checkpoint.load_model(folder(small, f"alone-{name}"))
+    tokens = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
+    file, given, found = (tmp_path / each for each in ("weights.safetensors", "tokens.pt", "logits.pt"))
+    file.write_bytes((loaded.folder / "quantized.safetensors").read_bytes())
+    torch.save(tokens, given)
+    subprocess.run([sys.executable, "-c", ALONE, file, given, found], cwd=ROOT, check=True)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(tokens), torch.load(found))
+    assert file.stat().st_size < 0.6 * (loaded.folder / "model.safetensors").stat().st_size
+
+
+def test_what_is_no_packed_model_is_refused(finished, tmp_path):
+    with pytest.raises(ValueError, match="model.safetensors: no model, which has specs, state and config in its metadata"):
+        checkpoint.load_packed(finished / "step_000020/model.safetensors")
+    (tmp_path / "x.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="x.safetensors: "):
+        checkpoint.load_packed(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("name", LADDERS)
@@ -171,7 +209,7 @@ def test_stored_choices_give_the_forward_of_training(small, name):
     tokens = torch.randint(0, 512, (4, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(master.model(tokens), stored.model(tokens))
-    tensors = load_file(stored.folder / "quantized.safetensors")
+    tensors = codes_of(stored.folder)
     weights = sum(m.weight.numel() for m in linears(stored.model).values() if m.recipe)
     assert sum(t.nbytes for t in tensors.values()) < 2 * weights
     if "block" in name:
