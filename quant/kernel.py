@@ -40,6 +40,8 @@ def obstacle(spec: QuantSpec | Choice) -> str:
     element, scale, (rows, n) = spec.element, spec.scale, spec.block
     if not _float(element) or not element.signed:
         return f"elements {spec.format}, no float of up to 8 bits with a negative zero"
+    if element.emin - element.mantissa_bits < -103:  # (2^24 of these units are a factor in fp32)
+        return f"elements {spec.format}, whose smallest number is below 2^-103"
     if not ((rows, n) in ((1, -1), (-1, -1)) or (n in BLOCKS and rows in (1, n))):
         return f"blocks {list(spec.block)}"
     if spec.hadamard > 32:

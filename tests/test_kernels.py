@@ -202,6 +202,7 @@ def test_cvt_rs_is_reported(monkeypatch):
     ("spec", "why"),
     [
         (QuantSpec("int8", (1, 32), Scale("fp32")), "elements int8"),
+        (QuantSpec("e5m2b127", (1, 32), Scale("fp32")), "smallest number is below 2^-103"),
         (QuantSpec("e4m3", (1, 48), Scale("fp32")), "blocks"),
         (QuantSpec(hadamard=64), "Hadamard"),
         (QuantSpec(rounding="stochastic12"), "12 random bits"),
