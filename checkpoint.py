@@ -58,8 +58,9 @@ def save(
     tokenizer: Path,
     keep: int,
     store: WeightStore | None = None,
+    quantized: bool = True,
 ) -> Path:
-    """Write step_STEP of a run and delete all but the newest `keep`. Returns the folder.
+    """Write step_STEP of a run, with quantized.safetensors if so, and delete all but the newest `keep`. Returns the folder.
 
     Raises OSError, with what is safe in its message, if it cannot be written; earlier steps are untouched then.
     """
@@ -70,10 +71,11 @@ def save(
         save_file(parameters(model), temporary / "model.safetensors")
         compensation = {f"compensation.{name}": c for name, c in store.compensation.items()} if store else {}
         save_file(_moments(model, optimizer) | compensation, temporary / "optimizer.safetensors")
-        tensors, specs = packed(model)
         record = {"version": VERSION, "step": step, **state}
-        metadata = {"specs": json.dumps(specs), "state": json.dumps(record), "config": (run / "config.toml").read_text()}
-        save_file(tensors, temporary / "quantized.safetensors", metadata=metadata)
+        if quantized:
+            tensors, specs = packed(model)
+            metadata = {"specs": json.dumps(specs), "state": json.dumps(record), "config": (run / "config.toml").read_text()}
+            save_file(tensors, temporary / "quantized.safetensors", metadata=metadata)
         shutil.copyfile(tokenizer, temporary / "tokenizer.model")
         (temporary / "state.json").write_text(json.dumps(record, indent=1))
         manifest = {f.name: sha256(f) for f in sorted(temporary.iterdir())}
@@ -259,6 +261,8 @@ def load_model(run_or_step: str | Path, weights: str = "master") -> Loaded:
     folder = find(run_or_step)
     intact(folder)
     if weights == "quantized":
+        if not (folder / "quantized.safetensors").exists():
+            raise ValueError(f"{folder} has no quantized.safetensors, since the run had run.quantized = false")
         return load_packed(folder / "quantized.safetensors")
     state = json.loads((folder / "state.json").read_text())
     config = load(folder.parent / "config.toml")

@@ -27,10 +27,11 @@ class Step:
         checkpoint.intact(self.folder)
         self.state = json.loads((self.folder / "state.json").read_text())
         self.masters = load_file(self.folder / "model.safetensors")
-        path = self.folder / "quantized.safetensors"
-        with safe_open(path, "pt") as f:
-            specs = json.loads(f.metadata()["specs"])
-        tensors = load_file(path)
+        path, specs, tensors = self.folder / "quantized.safetensors", {}, {}
+        if path.exists():
+            with safe_open(path, "pt") as f:
+                specs = json.loads(f.metadata()["specs"])
+            tensors = load_file(path)
         self.quantised = {f"{name}.weight": from_state(name, tensors, each) for name, each in specs.items()}
 
     def format(self, name: str) -> str:

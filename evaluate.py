@@ -3,7 +3,7 @@
 One table over the validation set (bits per byte, see model.measure), the same windows in each row:
 
     as trained     masters, quantised by the policy the checkpoint was saved under
-    stored codes   the codes and scales of quantized.safetensors: bitwise the row above, without the masters
+    stored codes   quantized.safetensors alone: bitwise the row above, without the masters (left out where there is none)
     bf16           the same masters in the compute dtype
 
 and `difference`, the mean over windows of a row's loss minus the last row's, with its paired standard error: much smaller
@@ -58,7 +58,8 @@ def main(argv: list[str]) -> int:
     if corpus.tokenizer.sha256 != loaded.tokenizer.sha256:
         raise ValueError(f"{corpus.folder} was made with another tokenizer than {loaded.folder}")
     rows = {"as trained": row(loaded.model, corpus, args.windows)}
-    rows["stored codes"] = row(checkpoint.load_model(args.run, "quantized").model, corpus, args.windows)
+    if (loaded.folder / "quantized.safetensors").exists():
+        rows["stored codes"] = row(checkpoint.load_model(args.run, "quantized").model, corpus, args.windows)
     with unquantized(loaded.model):
         rows["bf16"] = row(loaded.model, corpus, args.windows)
     print(f"{'':14}{'loss':>9}{'bits/byte':>11}{'difference to bf16':>24}")

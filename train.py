@@ -220,8 +220,9 @@ class Trainer:
             "gemm": self.mode,
             "data_sha256": self.corpus.sha256,
         }
-        path = self.corpus.tokenizer.path
-        return checkpoint.save(self.run.folder, step, self.model, self.optimizer, state, path, self.config.run.keep, self.store)
+        run, path = self.config.run, self.corpus.tokenizer.path
+        given = self.run.folder, step, self.model, self.optimizer, state, path, run.keep, self.store
+        return checkpoint.save(*given, quantized=run.quantized)
 
     def train(self) -> dict[str, float]:
         """Steps run.start ... steps - 1. Returns the last metrics. Raises Stop when the run ends early."""

@@ -52,6 +52,7 @@ class RunConfig:
     resume: int = Field(0, ge=0)  # continue from this step instead of the newest
     init_from: str = ""  # a step folder to branch from: weights, optimiser and position, under this config's recipe
     checkpoint_every: int = Field(0, ge=0)  # steps; 0: only at the end and when interrupted
+    quantized: bool = True  # checkpoints hold the codes of training too, in quantized.safetensors
     keep: int = Field(2, ge=1)  # complete checkpoints kept
     samples: int = Field(2, ge=0)  # texts sampled at the end
     sample_tokens: int = Field(96, ge=1)

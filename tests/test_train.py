@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from test_golden import BOUND
 
 import checkpoint
+import contents
+import evaluate
 import train
 from configs import load
 from quant.linear import linears
@@ -191,6 +193,17 @@ def test_the_packed_file_alone_is_the_model(small, name, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded.model(tokens), torch.load(found))
     assert file.stat().st_size < 0.6 * (loaded.folder / "model.safetensors").stat().st_size
+
+
+def test_a_checkpoint_without_codes(small, capsys):
+    train.main([NVFP4, *small, "run.name=no-codes", "run.quantized=false", "train.steps=2"])
+    run = folder(small, "no-codes")
+    assert not (run / "step_000002/quantized.safetensors").exists()
+    with pytest.raises(ValueError, match="has no quantized.safetensors, since the run had run.quantized = false"):
+        checkpoint.load_model(run, "quantized")
+    assert evaluate.main([str(run), "--windows", "2"]) == contents.main([str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "stored codes" not in said and "as trained" in said and "none of" in said
 
 
 def test_what_is_no_packed_model_is_refused(finished, tmp_path):
