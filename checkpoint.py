@@ -282,7 +282,10 @@ def load_packed(file: str | Path) -> Loaded:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: {error}") from None
     if not found.keys() >= {"specs", "state", "config"}:
-        raise ValueError(f"{file}: no model, which has specs, state and config in its metadata; only {sorted(found)}")
+        raise ValueError(
+            f"{file}: no model that stands alone, with specs, state and config in its metadata, but "
+            f"{sorted(found) or 'nothing'} (steps saved before November 2026 have specs alone: the run, continued, writes whole ones)"
+        )
     with tempfile.TemporaryDirectory() as place:
         (text := Path(place, "config.toml")).write_text(found["config"])
         config = load(text)

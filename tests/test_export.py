@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 import checkpoint
+import evaluate
 import export
 import train
 from data import Tokenizer
@@ -128,6 +129,19 @@ def test_refused(small, run, capsys):
         export.export(folder(small, "exported-gains"), "bf16", "compressed-tensors", None, 1)
     with pytest.raises(ValueError, match="--windows 0: expected at least 1"):
         export.main([str(run), "--windows", "0"])
+
+
+def test_an_export_is_evaluated_beside_its_checkpoint(run, tmp_path, capsys):
+    """BF16 is BF16 wherever it runs, within its rounding; four bits, weights alone, cost what the table says of them."""
+    folders = [export.export(run, form, "compressed-tensors", tmp_path / form, 2) for form in ("bf16", "nvfp4a16")]
+    assert evaluate.main([str(run), "--windows", "8", *(word for each in folders for word in ("--exported", str(each)))]) == 0
+    found = json.loads((checkpoint.find(run) / "evaluation.json").read_text())
+    same, four = (found[str(each)] for each in folders)
+    assert abs(same["difference"]) <= 4 * same["standard_error"] + 1e-4 and abs(same["difference"]) < 0.01
+    assert same["loss"] == pytest.approx(found["bf16"]["loss"], rel=1e-3) and four["loss"] != same["loss"]
+    assert f"{folders[1]} " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no folder that export.py has written"):
+        evaluate.main([str(run), "--exported", str(tmp_path / "nothing")])
 
 
 # --- the tokenizer ---
