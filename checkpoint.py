@@ -284,7 +284,7 @@ def load_packed(file: str | Path) -> Loaded:
     if not found.keys() >= {"specs", "state", "config"}:
         raise ValueError(
             f"{file}: no model that stands alone, with specs, state and config in its metadata, but "
-            f"{sorted(found) or 'nothing'} (steps saved before November 2026 have specs alone: the run, continued, writes whole ones)"
+            f"{sorted(found) or 'nothing'} (older steps have specs alone: the run, continued, writes whole ones)"
         )
     with tempfile.TemporaryDirectory() as place:
         (text := Path(place, "config.toml")).write_text(found["config"])
