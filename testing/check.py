@@ -112,7 +112,7 @@ def inspected(launches: list[Launch], rows: int, capability: int, budget: float 
     failures, launch = [], launches[-1]
     found = anatomy(launch.kernel)
     count = found.count / (rows * launch.constants["BK"] / (32 * launch.kernel.metadata.num_warps))
-    failures += [f"{each.name}: {count} bytes spilled" for each in launches if (count := resources(each.kernel)[1])]
+    failures += [f"{each.name}: {stack} bytes spilled" for each in launches if (stack := resources(each.kernel)[1])]
     if found.shared > SHARED[capability]:
         failures.append(f"{found.shared} bytes of shared memory, the chip has {SHARED[capability]}")
     if budget is not None and count > budget:
