@@ -7,11 +7,12 @@
                                                    quantised weight, as training used them, other matrices in the compute
                                                    dtype; specs, config and state in the metadata, so that it stands alone
                             state.json             step, tokens, data position, policy in force
-                            tokenizer.model        MANIFEST.json (sha256 of each file)        COMPLETE
+                            config.toml            that of the run, resolved                  tokenizer.model
+                            MANIFEST.json          sha256 of each file                        COMPLETE: that of the manifest
 
 Written to a temporary folder, every file fsynced, the folder renamed: a kill at any moment leaves the older steps and at
-worst a folder that is never read. Nothing of a random generator is stored, because nothing draws from one: noise and data
-are functions of the counters in state.json.
+worst a folder that is never read. Whoever reads a file checks its sha256 first. Nothing of a random generator is stored,
+because nothing draws from one: noise and data are functions of the counters in state.json.
 
 Left out so far: several ranks. Other layouts are written by export.py.
 """
@@ -21,23 +22,26 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import sealed
 from configs import Config, load
 from data import Tokenizer
-from model import GPT
+from model import GPT, rope_table
 from quant import WeightStore, assign, assign_sites, attach
 from quant.context import Context
 from quant.linear import linears
 from quant.mixed import from_state
 
-VERSION = 1
+VERSION = 2  # 1 had no config.toml and an empty COMPLETE
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -68,20 +72,33 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        save_file(parameters(model), temporary / "model.safetensors")
-        compensation = {f"compensation.{name}": c for name, c in store.compensation.items()} if store else {}
-        save_file(_moments(model, optimizer) | compensation, temporary / "optimizer.safetensors")
         record = {"version": VERSION, "step": step, **state}
-        if quantized:
-            tensors, specs = packed(model)
-            metadata = {"specs": json.dumps(specs), "state": json.dumps(record), "config": (run / "config.toml").read_text()}
-            save_file(tensors, temporary / "quantized.safetensors", metadata=metadata)
-        shutil.copyfile(tokenizer, temporary / "tokenizer.model")
-        (temporary / "state.json").write_text(json.dumps(record, indent=1))
-        manifest = {f.name: sha256(f) for f in sorted(temporary.iterdir())}
+        with ThreadPoolExecutor() as pool:  # the disk and the hashes of a file work while the next is made
+            hashes = {}
+
+            def written(name: str) -> None:
+                hashes[name] = pool.submit(_settle, temporary / name)
+
+            save_file(parameters(model), temporary / "model.safetensors")
+            written("model.safetensors")
+            compensation = {f"compensation.{name}": c for name, c in store.compensation.items()} if store else {}
+            save_file(_moments(model, optimizer) | compensation, temporary / "optimizer.safetensors")
+            written("optimizer.safetensors")
+            shutil.copyfile(run / "config.toml", temporary / "config.toml")
+            shutil.copyfile(tokenizer, temporary / "tokenizer.model")
+            (temporary / "state.json").write_text(json.dumps(record, indent=1))
+            if quantized:
+                specs: dict[str, dict] = {}
+                texts = {"state": json.dumps(record), "config": (run / "config.toml").read_text()}
+                file = temporary / "quantized.safetensors"
+                sealed.write(file, packed(model, specs), lambda: {"specs": json.dumps(specs), **texts})
+                written(file.name)
+            for name in ("config.toml", "tokenizer.model", "state.json"):
+                written(name)
+            manifest = {name: hashes[name].result() for name in sorted(hashes)}
         (temporary / "MANIFEST.json").write_text(json.dumps({"version": VERSION, "sha256": manifest}, indent=1))
-        (temporary / "COMPLETE").touch()
-        for f in (*temporary.iterdir(), temporary):
+        (temporary / "COMPLETE").write_text(_settle(temporary / "MANIFEST.json"))
+        for f in (temporary / "COMPLETE", temporary):
             _fsync(f)
         if folder.exists():
             _set_aside(folder)
@@ -132,18 +149,17 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()} | _memory(model)
 
 
-def packed(model: GPT) -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """(the tensors of quantized.safetensors, the description of each Linear that is quantised)."""
-    tensors, specs, modules = {}, {}, linears(model)
+def packed(model: GPT, specs: dict[str, dict]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of quantized.safetensors, one at a time; fills `specs` with the description of each quantised Linear."""
+    modules = linears(model)
     for name, module in modules.items():
         if (q := module.quantized_weight()) is not None:
             parts, specs[name] = q.state(name)
-            tensors |= parts
+            yield from parts.items()
     for name, p in parameters(model).items():
         owner = name.removesuffix(".weight")
         if owner not in specs:
-            tensors[name] = p.to(model.dtype) if owner in modules or owner == "embedding" else p
-    return tensors, specs
+            yield name, p.to(model.dtype) if owner in modules or owner == "embedding" else p
 
 
 def _memory(model: nn.Module) -> dict[str, Tensor]:
@@ -165,6 +181,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def _settle(file: Path) -> str:
+    """On the disk, and its sha256."""
+    digest = sha256(file)
+    _fsync(file)
+    return digest
+
+
 def _fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -173,27 +196,39 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
-def fault(folder: Path) -> str | None:
-    """None if every file of a step folder has the bits its manifest names; else one clause that says what is wrong."""
+def fault(folder: Path, names: Iterable[str] | None = None) -> str | None:
+    """None if every file of a step folder (or those of `names` that it has) has the bits its manifest names; else one clause
+    that says what is wrong."""
     try:
-        manifest = json.loads((folder / "MANIFEST.json").read_text())
-        expected = dict(manifest["sha256"])
+        text = (folder / "MANIFEST.json").read_bytes()
+        manifest = json.loads(text)
+        version, expected = int(manifest["version"]), dict(manifest["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"{folder / 'MANIFEST.json'} is missing or unreadable"
+    if version > VERSION:
+        return f"{folder} has format {version}, of a newer narrow; this one reads up to {VERSION}"
     if not (folder / "COMPLETE").exists():
         return f"{folder} was never completed (it has no COMPLETE)"
-    for name, digest in expected.items():
-        if not (folder / name).exists():
-            return f"{folder / name} is missing"
-        if sha256(folder / name) != digest:
-            return f"{folder / name} is truncated or altered (its sha256 is not the one in MANIFEST.json)"
+    if version > 1 and (folder / "COMPLETE").read_bytes() != hashlib.sha256(text).hexdigest().encode():
+        return f"{folder / 'MANIFEST.json'} or {folder / 'COMPLETE'} is altered (one has not the sha256 that the other names)"
+    with ThreadPoolExecutor() as pool:
+        asked = sorted(expected if names is None else expected.keys() & set(names))
+        for name, found in zip(asked, pool.map(lambda name: _sha256_or_none(folder / name), asked), strict=True):
+            if found is None:
+                return f"{folder / name} is missing"
+            if found != expected[name]:
+                return f"{folder / name} is truncated or altered (its sha256 is not the one in MANIFEST.json)"
     return None
 
 
-def intact(folder: Path, use: str = "{folder}") -> None:
-    """Raises ValueError if a step folder is damaged, naming the file and the newest intact step of the run; `use` says how
-    to go on with that one."""
-    if (wrong := fault(folder)) is None:
+def _sha256_or_none(file: Path) -> str | None:
+    return sha256(file) if file.exists() else None
+
+
+def intact(folder: Path, use: str = "{folder}", names: Iterable[str] | None = None) -> None:
+    """Raises ValueError if a step folder is damaged (or one of `names` in it), naming the file and the newest intact step of
+    the run; `use` says how to go on with that one."""
+    if (wrong := fault(folder, names)) is None:
         return
     good = [s for s in steps(folder.parent) if step_folder(folder.parent, s) != folder]
     good = next((s for s in reversed(good) if fault(step_folder(folder.parent, s)) is None), None)
@@ -232,6 +267,15 @@ def _fill(model: GPT, tensors: dict[str, Tensor], file: Path) -> None:
         model.get_submodule(module).register_buffer(buffer, tensors[name].to(p.device))
 
 
+STORED = {"master": "model", "quantized": "quantized"}
+
+
+def config_file(folder: Path) -> Path:
+    """The config of a step: its own, or in format 1 that of its run."""
+    own = folder / "config.toml"
+    return own if own.exists() else folder.parent / "config.toml"
+
+
 @dataclass
 class Loaded:
     model: GPT
@@ -244,7 +288,7 @@ class Loaded:
 def find(run_or_step: str | Path) -> Path:
     """out/NAME (its newest complete step) or out/NAME/step_N -> the step folder. Raises ValueError if there is none."""
     path = Path(run_or_step)
-    if (path / "state.json").exists():
+    if (path / "MANIFEST.json").exists() or (path / "state.json").exists():
         return path
     if not (found := steps(path)):
         raise ValueError(f"{path}: neither a checkpoint nor a run folder with a complete one")
@@ -259,13 +303,13 @@ def load_model(run_or_step: str | Path, weights: str = "master") -> Loaded:
     Raises ValueError if the checkpoint is damaged or absent.
     """
     folder = find(run_or_step)
-    intact(folder)
+    intact(folder, names=("config.toml", "state.json", "tokenizer.model", f"{STORED[weights]}.safetensors"))
     if weights == "quantized":
         if not (folder / "quantized.safetensors").exists():
             raise ValueError(f"{folder} has no quantized.safetensors, since the run had run.quantized = false")
         return load_packed(folder / "quantized.safetensors")
     state = json.loads((folder / "state.json").read_text())
-    config = load(folder.parent / "config.toml")
+    config = load(config_file(folder))
     model = _built(config, state)
     _fill(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
     model.requires_grad_(False)
@@ -276,20 +320,13 @@ def load_packed(file: str | Path) -> Loaded:
     """The model of one quantized.safetensors, wherever it lies; its tokenizer, if tokenizer.model lies beside it, else None.
     Raises ValueError if it is no such file."""
     file = Path(file)
-    try:
-        with safe_open(file, "pt") as f:
-            found, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file}: {error}") from None
-    if not found.keys() >= {"specs", "state", "config"}:
-        raise ValueError(
-            f"{file}: no model that stands alone, with specs, state and config in its metadata, but "
-            f"{sorted(found) or 'nothing'} (older steps have specs alone: the run, continued, writes whole ones)"
-        )
+    tensors, found = sealed.read(file)
+    state = json.loads(found["state"])
+    if state["version"] > VERSION:
+        raise ValueError(f"{file} has format {state['version']}, of a newer narrow; this one reads up to {VERSION}")
     with tempfile.TemporaryDirectory() as place:
         (text := Path(place, "config.toml")).write_text(found["config"])
         config = load(text)
-    state = json.loads(found["state"])
     model = _built(config, state)
     codes = {name: from_state(name, tensors, each) for name, each in json.loads(found["specs"]).items()}
     parts = {part for name, q in codes.items() for part in q.state(name)[0]}
@@ -305,7 +342,11 @@ def load_packed(file: str | Path) -> Loaded:
 
 def _built(config: Config, state: dict) -> GPT:
     """The model at a place in the run, without its parameters."""
-    model = GPT(config.model, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]).eval()
+    with torch.device("meta"):  # nobody draws initial weights for what is filled at once
+        model = GPT(config.model, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]).eval()
+    model.to_empty(device="cpu").rope.copy_(rope_table(config.model))
+    if config.model.tied_head:  # to_empty gives each a memory of its own
+        model.head.weight = model.embedding.weight
     attach(model, context := Context(config.train.seed, state["gemm"]))
     context.at(max(state["step"] - 1, 0), max(state["next_micro_batch"] - 1, 0))
     assign(model, config.recipes, config.policy, state["progress"])

@@ -160,7 +160,7 @@ class Captures:
                 there = ", ".join(map(str, steps)) or "itself only"
                 raise ValueError(f"--at {wrong[0]}: {run} has checkpoints of steps {there}")
             self.folders = [checkpoint.step_folder(run, step) for step in at or steps] or [found]
-            self.config = load(found.parent / "config.toml", overrides)
+            self.config = load(checkpoint.config_file(found), overrides)
         steps = self.config.train.steps
         self.at = sorted(set(at or (max(1, math.ceil(share * steps)) for share in SHARES)))
         if not self.folders and not 1 <= self.at[0] <= self.at[-1] <= steps:

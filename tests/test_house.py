@@ -24,7 +24,7 @@ FLOORS = {
     "run": 5,
     "checkpoint": 4, "plot": 4,
     "configs": 3,
-    "model": 2, "data": 2,
+    "model": 2, "data": 2, "sealed": 2,
     "quant": 1,
     "kernels": 0,
 }  # fmt: skip
