@@ -29,7 +29,7 @@ DTYPES = {
 }
 PLACE = b'"sha256":"'
 ZEROS = "0" * 64
-PIECE = 1 << 22  # bytes at a time
+PIECE = 1 << 18  # bytes at a time
 
 
 def write(file: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Callable[[], dict[str, str]]) -> None:

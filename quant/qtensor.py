@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quant.choice import Choice, Spec
-from quant.formats import FORMATS, code_dtype
+from quant.formats import FORMATS, Format, code_dtype
+from quant.fuse import compiling
 from quant.scaling import decode_outer, decode_scale, second, spread
 from quant.spec import QuantSpec
 
@@ -92,8 +93,16 @@ def join(parts: Sequence[Tensor], axis: int) -> Tensor:
 
 def decode_elements(codes: Tensor, flag: Tensor | None, spec: QuantSpec | Choice) -> Tensor:
     """Codes, ints or float8 -> fp32 values; `flag` (`scaling.second`): where they are of the second of two element formats."""
-    values = spec.elements[0].decode(codes)
-    return values if flag is None else torch.where(flag, spec.elements[1].decode(codes), values)
+    found = [_decoded(codes, element) for element in spec.elements[: 1 if flag is None else 2]]
+    return found[0] if flag is None else torch.where(flag, found[1], found[0])
+
+
+def _decoded(codes: Tensor, element: Format) -> Tensor:
+    """element.decode(codes); eagerly by a table of all codes, 20 times as fast as arithmetic (E2M1, CPU)."""
+    if codes.is_floating_point() or element.bits > 8 or codes.numel() < 1 << 12 or compiling():
+        return element.decode(codes)
+    table = element.decode(torch.arange(1 << element.bits, dtype=torch.int32, device=codes.device))
+    return table.index_select(0, codes.flatten().to(torch.int32)).reshape(codes.shape)
 
 
 def tiled(scale: Tensor) -> Tensor:
@@ -153,9 +162,10 @@ class QTensor:
         """[..., K]: fl(fl(code * scale) * global_scale), in the rotated basis if the spec has a Hadamard transform."""
         flag = None if self.scale_codes is None else second(self.scale_codes, self.spec)
         flag = None if flag is None else spread(flag, *self.rows_and_k)
-        values = decode_elements(self.codes().reshape(self.rows_and_k), flag, self.spec)
+        values = decode_elements(join(split(self.packed_codes, self.spec.element.bits), 1), flag, self.spec)
         for part in self.scales():
-            values = values * spread(part, *self.rows_and_k)
+            units = values.unflatten(1, (part.shape[-1], -1)).unflatten(0, (len(part), -1)) if part.ndim else values
+            values = (units * (part[:, None, :, None] if part.ndim else part)).reshape(values.shape)
         return values.reshape(self.shape).to(dtype)
 
     def scales(self) -> list[Tensor]:
