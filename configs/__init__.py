@@ -189,7 +189,8 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ValueError(f"{place}: no such file{hint}") from None
+        what = "no such file" if path.suffix else "neither a config, which ends in .toml, nor a run folder that is there"
+        raise ValueError(f"{place}: {what}{hint}") from None
     except IsADirectoryError:
         inside = _near("", sorted(p.name for p in path.glob("*.toml")))
         raise ValueError(f"{place}: a folder, expected a TOML file{inside}") from None

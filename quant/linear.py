@@ -62,7 +62,7 @@ class Linear(nn.Linear):
         self.context = Context()
         self._cache: dict = {}
         self._copies: dict[str, Copies] = {}
-        self._backends: dict[tuple, dict[str, str]] = {}
+        self._backends: dict[tuple, str] = {}
 
     @property
     def recipe(self) -> Recipe | None:

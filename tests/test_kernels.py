@@ -33,6 +33,8 @@ CUDA = torch.cuda.is_available() and not INTERPRETED
 EMULATED = [100, *(pytest.param(each, marks=pytest.mark.slow) for each in (80, 90, 120))]
 ENGINES = ["interpreter"] if INTERPRETED else ["cuda"] if CUDA else EMULATED
 ONE = ENGINES[:1]
+QUICK = INTERPRETED or CUDA  # else each kernel takes a second to compile
+LADDERS = ["mor-block-2way", *["mor-tensor", "mor-nvfp4"] * QUICK]
 KEY = Key(77, index=5, layer=2, use=3)
 
 if INTERPRETED:
@@ -246,9 +248,9 @@ def test_shapes_that_cannot_be_cut_raise_what_the_reference_raises():
 
 
 @pytest.mark.parametrize("engine", ONE)
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "fp8-blockwise", "fp8-tensorwise", "nvfp4-4over6"])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "fp8-blockwise", "fp8-tensorwise", "nvfp4-4over6", *LADDERS])
 def test_a_linear(name, engine, monkeypatch):
-    """Forward and backward, quantised by kernels and without: equal, as all that differs is who quantises."""
+    """Forward and backward, by kernels and without: equal, as all that differs is who quantises, and who decides."""
     found = []
     for devices in (set(), {"cpu", "cuda"}):
         monkeypatch.setattr(kernel, "DEVICES", devices)

@@ -9,18 +9,17 @@ import torch
 
 from configs import load
 from kernels.numerics import FLOATS
-from quant import Bound, Choice, Linear, QTensor, QuantSpec, Scale, kernel, launch
+from quant import Bound, Choice, QTensor, QuantSpec, Scale, kernel, launch
 from quant.choose import Operands, Quantised, choose, unrotated
 from quant.encode import decode, encode, factor_of
 from quant.formats import FORMATS
 from quant.quantize import quantize
 from quant.random import Key
 from tests.helpers import assert_same_bits
-from tests.test_kernels import CUDA, ENGINES, INTERPRETED, ONE, SPECS, numbers, on
+from tests.test_kernels import CUDA, ENGINES, INTERPRETED, ONE, QUICK, SPECS, numbers, on
 
 KEY = Key(5, index=2, layer=1, use=4)
 BF16, INT8 = QuantSpec("bf16", scale=Scale("none")), QuantSpec("int8", (1, 32), Scale("fp32"))
-QUICK = INTERPRETED or CUDA  # else each kernel takes a second to compile
 SUMS = "relative_error", "underflow", "squared_error", "absolute_error", "largest_error"
 # What shipped ladders measure, what else there is of scales and formats, and their units.
 LAYOUTS = {
@@ -255,27 +254,6 @@ def test_a_ladder_packed(engine, monkeypatch):
     assert found.parts.keys() == wanted.parts.keys() and len(wanted.parts) > 1
     for i, part in wanted.parts.items():
         same(found.parts[i].packed_codes, part.packed_codes.contiguous(), f"codes of candidate {i}")
-
-
-@pytest.mark.parametrize("engine", ONE)
-@pytest.mark.parametrize("name", ["mor-tensor", "mor-block-2way", "mor-nvfp4"] if QUICK else ["mor-block-2way"])
-def test_a_linear(name, engine, monkeypatch):
-    """Forward and backward, by kernels and without: equal, as all that differs is who decides and quantises."""
-    found = []
-    for devices in (set(), {"cpu", "cuda"}):
-        monkeypatch.setattr(kernel, "DEVICES", devices)
-        config = load(f"configs/{name}.toml")
-        module = Linear(256, 128, device="cuda" if CUDA else "cpu")
-        module.recipe = config.recipes[config.policy[-1].recipe]
-        module.context.gemm = "fp32"
-        torch.nn.init.normal_(module.weight, generator=torch.Generator(module.weight.device).manual_seed(1))
-        x = numbers("normal", 128, 256).to(module.weight.device).requires_grad_()
-        with on(engine) if devices else nullcontext():
-            y = module(x)
-            y.backward(numbers("normal", 128, 128).to(y.device))
-        found.append((y.detach(), x.grad, module.weight.grad))
-    for name, a, b in zip(("y", "dx", "dw"), *found, strict=True):
-        assert torch.equal(a, b), name
 
 
 def test_the_operators():
