@@ -116,7 +116,7 @@ def test_a_policy_may_be_searched_again(found, small, tmp_path):
 
 
 WRONG = [
-    (["out/nothing"], "out/nothing: no such file"),
+    (["out/nothing"], "out/nothing: neither a config, which ends in .toml, nor a run folder"),
     (["configs/tiny-bf16.toml", "--out", "policy.txt"], "--out policy.txt: expected a file that ends in .toml"),
     (["configs/tiny-bf16.toml", "--at", "0"], "--at 0: expected steps from 1 to train.steps = 200"),
     (
