@@ -150,6 +150,13 @@ class Linear(nn.Linear):
 
     # --- operands ---
 
+    def _note(self, x: Tensor) -> None:
+        """Keep the largest |x| that training quantises in fprop. Recomputing a block notes it twice, which changes nothing."""
+        if self.context.amaxes is not None and self.training and self.recipe and self.recipe.fprop.x:
+            low, high = torch.aminmax(x)  # (a third of the time of abs and amax)
+            seen = self.context.amaxes[self.number]
+            seen.copy_(torch.maximum(seen, torch.maximum(high, -low).to(torch.float32)))
+
     def _mask(self, operand: str, spec: Spec, x: Tensor) -> Tensor:
         return unclipped(x, spec, *self._keys(operand, spec), self._held(operand, spec, x))
 
@@ -399,7 +406,9 @@ class _Quantized(torch.autograd.Function):
         packed = {name: backend != "emulate" for name, backend in backends.items()}
         once = not (packed["fprop"] or packed["wgrad"])
         first, second = module._pair("fprop.x", "wgrad.x", x, once) if ctx.needs_input_grad[1] else (None, None)
-        a = module._operand("fprop.x", fprop_x, rest if fprop_x and fprop_x.center else x, packed["fprop"], first)
+        inputs = rest if fprop_x and fprop_x.center else x
+        module._note(inputs)
+        a = module._operand("fprop.x", fprop_x, inputs, packed["fprop"], first)
         b = module._weight("fprop.w", recipe.fprop.w, dtype, packed["fprop"])
         if fprop_x and fprop_x.center:
             y = (gemm(a, b, torch.float32, mode, backends["fprop"]) + linear(mean, b.dense())).to(dtype)
