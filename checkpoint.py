@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from configs import Config, load
 from data import Tokenizer
 from model import GPT
-from quant import WeightStore, assign, assign_sites, attach
+from quant import QTensor, WeightStore, assign, assign_sites, attach
 from quant.context import Context
 from quant.linear import linears
-from quant.mixed import from_state
+from quant.mixed import Mixed, from_state
 
 VERSION = 1
 
@@ -55,7 +55,7 @@ def save(
     model: GPT,
     optimizer: torch.optim.Optimizer,
     state: dict,
-    tokenizer: Path,
+    tokenizer: Path | None,
     keep: int,
     store: WeightStore | None = None,
     quantized: bool = True,
@@ -76,7 +76,8 @@ def save(
             tensors, specs = packed(model)
             metadata = {"specs": json.dumps(specs), "state": json.dumps(record), "config": (run / "config.toml").read_text()}
             save_file(tensors, temporary / "quantized.safetensors", metadata=metadata)
-        shutil.copyfile(tokenizer, temporary / "tokenizer.model")
+        if tokenizer:
+            shutil.copyfile(tokenizer, temporary / "tokenizer.model")
         (temporary / "state.json").write_text(json.dumps(record, indent=1))
         manifest = {f.name: sha256(f) for f in sorted(temporary.iterdir())}
         (temporary / "MANIFEST.json").write_text(json.dumps({"version": VERSION, "sha256": manifest}, indent=1))
@@ -236,7 +237,7 @@ def _fill(model: GPT, tensors: dict[str, Tensor], file: Path) -> None:
 class Loaded:
     model: GPT
     config: Config
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # an import may have none
     state: dict
     folder: Path
 
@@ -269,7 +270,7 @@ def load_model(run_or_step: str | Path, weights: str = "master") -> Loaded:
     model = _built(config, state)
     _fill(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
     model.requires_grad_(False)
-    return Loaded(model, config, Tokenizer.load(folder), state, folder)
+    return Loaded(model, config, _tokenizer(folder), state, folder)
 
 
 def load_packed(file: str | Path) -> Loaded:
@@ -299,8 +300,21 @@ def load_packed(file: str | Path) -> Loaded:
     model.requires_grad_(False)
     for name, q in codes.items():
         modules[name].use(q)
-    tokenizer = Tokenizer.load(file.parent) if (file.parent / "tokenizer.model").exists() else None
-    return Loaded(model, config, tokenizer, state, file.parent)
+    return Loaded(model, config, _tokenizer(file.parent), state, file.parent)
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    return Tokenizer.load(folder) if (folder / "tokenizer.model").exists() else None
+
+
+def codes(folder: Path) -> dict[str, QTensor | Mixed]:
+    """Linear -> its weight as quantized.safetensors of a step has it; nothing where there is no such file."""
+    if not (file := folder / "quantized.safetensors").exists():
+        return {}
+    with safe_open(file, "pt") as f:
+        specs = json.loads(f.metadata()["specs"])
+    tensors = load_file(file)
+    return {name: from_state(name, tensors, each) for name, each in specs.items()}
 
 
 def _built(config: Config, state: dict) -> GPT:

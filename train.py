@@ -49,8 +49,8 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-# Of the largest inputs of Linears, a step: what an export scales activations by is mostly of the last hundred steps, whenever
-# earlier checkpoints were written. (A maximum since the last of those would depend on that, and one of all would keep the start.)
+# Of the largest inputs of Linears, a step: what an export scales activations by is of the last hundred steps or so, whenever
+# earlier checkpoints were written. (A maximum since the last would depend on that, and one over the run would keep its start.)
 FORGET = 0.99
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

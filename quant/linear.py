@@ -91,10 +91,13 @@ class Linear(nn.Linear):
         return text
 
     def quantized_weight(self) -> QTensor | Mixed | None:
-        """fprop.w quantised, as an evaluation would, or None where the recipe leaves it in the compute dtype."""
+        """fprop.w quantised, as an evaluation would, or what is in `use`; None where the recipe leaves it as it is."""
         spec = self.recipe and self.recipe.fprop.w
         if not spec:
             return None
+        stamp, q = self._cache.get("codes", (None, None))
+        if q is not None and stamp == self._stamp(spec):
+            return q
         w, keys = self._source(), self._keys("fprop.w", spec)
         index = self._remembered("fprop.w", spec, training=False)[0] if spec.ladder and spec.memory else None
         return quantize(w, spec, *keys, self._held("fprop.w", spec, w, note=False), index)
@@ -103,7 +106,13 @@ class Linear(nn.Linear):
         """Take these codes for fprop.w (and what is made of it for dgrad.w) until the weight changes."""
         self._cache.clear()
         spec = self.recipe.fprop.w
+        self._cached("codes", spec, lambda: q)
         self._cached("fprop.w", spec, lambda: Operand(*decoded_values(q, spec)))
+
+    def hold(self, operand: str, amax: float) -> None:
+        """Take this amax for the operand, whose scale has a history, in the step of the context: that of the step before."""
+        number, found = self._history(operand, self.recipe.operands()[operand].scale.history)
+        number[0], found[0] = self.context.step - 1, amax
 
     def dequantized(self, q: QTensor | Mixed) -> Tensor:
         """The weight that a QTensor of fprop.w stands for, fp32 [O, I], turned back from the basis it was quantised in."""
@@ -352,15 +361,19 @@ class Linear(nn.Linear):
     def _cached(self, name: str, kind, make):
         if torch.compiler.is_compiling():
             return make()  # part of the compiled graph then
+        stamp = self._stamp(kind)
+        if self._cache.get(name, (None,))[0] != stamp:
+            self._cache[name] = (stamp, make())
+        return self._cache[name][1]
+
+    def _stamp(self, kind) -> tuple:
+        """Of what is made of the weight by a spec, or in a dtype: as long as it is the same, so is what is made."""
         specs = [kind] if isinstance(kind, QuantSpec | Choice) else []
         specs += [self.recipe.fprop.w for spec in specs if spec.source == "fprop"]
         step = self.context.step if any(spec.keyed or spec.scale.history for spec in specs) else None
         if any(spec.ladder for spec in specs):  # it notes what it decides, once a step, in training
             step = self.context.step, self.training
-        stamp = (self.weight._version, self.weight.data_ptr(), kind, self.recipe, step)
-        if self._cache.get(name, (None,))[0] != stamp:
-            self._cache[name] = (stamp, make())
-        return self._cache[name][1]
+        return self.weight._version, self.weight.data_ptr(), kind, self.recipe, step
 
 
 class Kept(NamedTuple):
