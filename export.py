@@ -3,7 +3,7 @@
     format    bf16        masters, rounded
               nvfp4       E2M1 in blocks of 16, E4M3 scales, one fp32 scale; activations too, by an amax
               nvfp4a16    ... weights alone                     mxfp8    E4M3 in blocks of 32, powers of two
-              mixed       each matrix in the one of these that has no fewer bits than what the run has it in
+              mixed       each matrix in the narrowest of these that has no fewer bits than most of its elements have
     layout    compressed-tensors, which transformers and vLLM read, or modelopt, the same bytes by other names
 
 A Linear that the run has in BF16 stays so; where the run quantises none, all but the head are quantised now. One that the run
@@ -27,6 +27,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import torch
@@ -68,29 +69,33 @@ def wanted(model: GPT, form: str) -> dict[str, str]:
 
 
 def nearest(module: Linear) -> str:
-    """The narrowest of the formats that has no fewer bits than any block of a matrix in the checkpoint."""
-    q = module.quantized_weight()
-    made = [] if q is None else [part.spec for part in q.parts.values()] if isinstance(q, Mixed) else [q.spec]
-    bits = max((spec.element.bits for spec in made), default=16)
+    """The narrowest of the formats that has no fewer bits than most elements of a matrix have in the checkpoint."""
+    q, bits = module.quantized_weight(), 16
+    if q is not None:
+        made = list(q.parts.values()) if isinstance(q, Mixed) else [q]
+        bits = max(made, key=lambda part: prod(part.shape)).spec.element.bits
     return "nvfp4" if bits <= 4 else "mxfp8" if bits <= 8 else "bf16"
 
 
-def coded(module: Linear, form: str, kept: str = "BF16") -> tuple[QTensor, str]:
-    """A matrix [O, I] in that format: its own codes, if it has been trained in it, or new ones; and a line about it. kept: what
-    its weights are in where no spec quantises them."""
+def coded(module: Linear, form: str) -> tuple[QTensor, str]:
+    """A matrix [O, I] in that format: its own codes, if it has been trained in it, or new ones; and where they are from."""
     spec = module.recipe.fprop.w if module.recipe else None
     if (module.recipe and module.recipe.rotate) or (spec and spec.hadamard):
         raise ValueError(f"{module.name}: its weight is quantised in a rotated basis, which {form} has no place for; use bf16")
-    q = module.quantized_weight()
     if spec is not None and form_of(spec) == form:
-        return q, "the codes of training"
+        return module.quantized_weight(), "the codes of training"
     w = module.weight.detach()
-    made = quantize(w, SPECS[form])
-    error = float((made.dequantize() - w).norm() / w.norm())
-    shares = ", its blocks " + ", ".join(f"{s:.1%} {n}" for n, s in q.shares().items()) if isinstance(q, Mixed) else ""
-    was = kept if spec is None else spec.short()
-    was += f", all of it {q.spec.short()}" * bool(spec and spec.ladder and not shares)
-    return made, f"quantised again from the master (trained in {was}{shares}), relative error {error:.4f}"
+    q = quantize(w, SPECS[form])
+    return q, f"quantised again from the master, relative error {float((q.dequantize() - w).norm() / w.norm()):.4f}"
+
+
+def trained_in(module: Linear, kept: str) -> str:
+    """What training multiplied as a weight, in words. kept: what weights are in where no spec quantises them."""
+    if (q := module.quantized_weight()) is None:
+        return kept
+    if isinstance(q, Mixed):
+        return f"{q.spec.short()}, of its elements " + " and ".join(f"{s:.1%} {n}" for n, s in q.shares().items())
+    return f"{module.recipe.fprop.w.short()}, all of it {q.spec.short()}" if module.recipe.fprop.w.ladder else q.spec.short()
 
 
 def choices(model: GPT) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -196,18 +201,18 @@ def export(run: str, form: str, layout: str, out: Path | None, windows: int, sha
     for name, module in linears(model).items():
         names = parts(name, c)
         if name == "head" and c.tied_head:
-            if module.recipe and module.recipe.fprop.w and form != "bf16":
-                lines.append(
-                    "lm_head: BF16, since it is the embedding; the run multiplied it in " + module.recipe.fprop.w.short()
-                )
+            if module.recipe and module.recipe.fprop.w:
+                lines.append(f"lm_head: BF16, as the embedding that it is; trained in {trained_in(module, kept)}")
             continue
         modules[forms[name]] += names
+        together = ", which are one matrix in narrow" if len(names) > 1 else ""
+        trained = f"{', '.join(names)}{together}: trained in {trained_in(module, kept)}; {forms[name]} here, "
         if forms[name] == "bf16":
             tensors |= {f"{there}.weight": module.weight[rows].to(torch.bfloat16) for there, rows in names.items()}
+            lines += [trained + "the master, rounded"] * bool(module.recipe and module.recipe.fprop.w)
             continue
-        q, words = coded(module, forms[name], kept)
-        together = ", which are one matrix in narrow" if len(names) > 1 else ""
-        lines.append(f"{', '.join(names)}{together}: {forms[name]}, {words}")
+        q, words = coded(module, forms[name])
+        lines.append(trained + words)
         for there, rows in names.items():
             tensors |= {f"{there}.{key}": t for key, t in written(q, rows, layout, amaxes.get(name)).items()}
     for name, p in model.named_parameters():
@@ -297,7 +302,7 @@ def card(loaded: checkpoint.Loaded, form: str, layout: str, lines: list[str], or
         *losses,
         *("", "## Recipes", "", "```", *table(state["policy"], config.recipes).splitlines(), *others(config), "```", ""),
         *("## What is in the files", ""),
-        "Embedding, norms and matrices that are not named here are BF16: fp32 masters, rounded.",
+        "fp32 masters, rounded to BF16, but for what is named here.",
         *("", *(f"* {line}" for line in lines), "") * bool(lines),
         *([f"Scales of activations are {origin}.", ""] if origin else []),
     ]

@@ -3,12 +3,12 @@
     config.json                        -> config.toml: sizes, and for each Linear a recipe of the formats found, of fprop alone
     BF16, or codes * scales            -> the masters, fp32; q, k, v and gate, up become one matrix
     codes, scales                      -> quantized.safetensors, as they are
-    input_global_scale, input_scale    -> the amax of each input, held in place of its own, as a history of one step has it
+    outer scales, input_global_scale   -> amaxes held in place of those of weights and inputs, as a history of a step has it
     narrow/ of an export of ours       -> tokenizer.model, and from config.toml its [data]
 
 load_model(RUN, "quantized") has the very codes. load_model(RUN), which quantises the masters again, has the same values where
-scales were made as they are here; one line says of how many matrices. Of a folder by others no SentencePiece model can be made
-from tokenizer.json: then the run has no tokenizer, and is good for logits only.
+block scales were made as they are here; one line says of how many matrices. Of others' tokenizer.json no SentencePiece model
+can be made: then the run has no tokenizer, and is good for logits only.
 
 Everything is checked before anything is written, and the run appears whole or not at all. Left out: other architectures and
 formats, pickles, weights whose q, k and v differ in format.
@@ -27,18 +27,18 @@ from torch import Tensor
 from torch.optim import AdamW
 
 import checkpoint
-from configs import Config, RunConfig, dump, load
+from configs import Config, RunConfig, check, dump, load
 from data import DataConfig, Tokenizer
 from export import OURS, whole
-from layouts import SPECS, model_config, parts, quantises_inputs, read
+from layouts import SPECS, amax_of, model_config, parts, quantises_inputs, read
 from model import GPT, ModelConfig
 from quant import QTensor, Recipe, Rule, Scale, assign, attach
 from quant.context import Context
 from quant.linear import linears
 from quant.recipe import Fprop
 
-ROWS = replace(SPECS["nvfp4"], scale=Scale(outer="row"))  # where q, k and v have outer scales of their own
 HELD = replace(SPECS["nvfp4"], scale=Scale(history=1))
+ROWS = replace(SPECS["nvfp4"], scale=Scale(outer="row"))  # where q, k and v have outer scales of their own
 
 
 class Files:
@@ -104,7 +104,7 @@ def joined(parts_: list[QTensor]) -> QTensor:
     """One above the other; with an outer scale of each row where theirs differ, and in squares where their scales are."""
     first, shape = parts_[0], (sum(q.shape[0] for q in parts_), parts_[0].shape[1])
     codes, scale = (torch.cat([getattr(q, key) for q in parts_]) for key in ("packed_codes", "scale_codes"))
-    spec, outer = first.spec, first.outer_codes
+    spec, outer = HELD if first.spec == SPECS["nvfp4"] else first.spec, first.outer_codes
     if outer is not None and not all(torch.equal(q.outer_codes, outer) for q in parts_):
         spec, outer = ROWS, torch.cat([q.outer_codes.expand(q.shape[0], 1) for q in parts_])
     elif not shape[0] % (n := spec.block[1]) and torch.equal(scale, scale[::n].repeat_interleave(n, 0)):
@@ -180,9 +180,12 @@ def import_(folder: Path, out: Path) -> list[str]:
     path = folder / OURS / "tokenizer.model"
     tokenizer = Tokenizer.load(path) if path.is_file() else None
     config = reconstructed(c, data_of(folder, tokenizer, c), chosen, recipes)
+    try:
+        check(config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: no config of narrow has these sizes: {error}") from None
     with whole(out) as place:
         (place / "config.toml").write_text(dump(replace(config, source=str(folder))))
-        config = load(place / "config.toml")  # checks it
         again = _step(place, model, config, matrices, chosen, path if tokenizer else None)
     quantised = sum(matrix.q is not None for matrix in matrices.values())
     lines = [f"{quantised} of {len(chosen)} matrices are quantised ({', '.join(sorted(recipes)) or 'none'}), the rest BF16"]
@@ -210,6 +213,8 @@ def _step(
         if matrix.amax:
             amaxes[name] = matrix.amax
             modules[name].hold("fprop.x", matrix.amax)
+        if matrix.q is not None and matrix.q.spec.scale.history:
+            modules[name].hold("fprop.w", float(amax_of(matrix.q.global_scale)))
         if matrix.q is not None:
             again += torch.equal(modules[name].quantized_weight().dequantize(), matrix.values)
             modules[name].use(matrix.q)

@@ -163,6 +163,11 @@ def _input_tensor(amax: Tensor, layout: str) -> Tensor:
     return multiplier.reshape(1) if layout == "compressed-tensors" else 1 / multiplier.reshape(())
 
 
+def amax_of(scale: Tensor) -> Tensor:
+    """A decode scale -> the amax that gives it (quant/scaling.py), bit for bit where there is one."""
+    return _near(LARGEST * scale, lambda a: _input_tensor(a, "modelopt"), scale)
+
+
 def written(q: QTensor, rows: slice, layout: str, amax: float | None) -> dict[str, Tensor]:
     """Some rows of a matrix in `form_of(q.spec)` -> its tensors. amax: of its input, for NVFP4 activations."""
     scale, codes = line_scales(q)[rows].contiguous(), q.packed()[rows].contiguous()
@@ -210,8 +215,8 @@ def read(name: str, tensors: dict[str, Tensor], rows: int, k: int) -> tuple[str,
     amax = None
     if key in tensors:
         given = take(key, torch.float32, *[1] * theirs)
-        guess = LARGEST / given.reshape(()) if theirs else LARGEST * given
-        amax = float(_near(guess, lambda a: _input_tensor(a, layout), given))
+        near = _near(LARGEST / given.reshape(()), lambda a: _input_tensor(a, layout), given) if theirs else amax_of(given)
+        amax = float(near)
     return "nvfp4", QTensor(codes, scale.view(torch.uint8), outer.clone(), SPECS["nvfp4"], (rows, k)), amax
 
 
