@@ -6,7 +6,7 @@
                             quantized.safetensors  all that a forward pass needs: codes, scales and global scales of every
                                                    quantised weight, as training used them, other matrices in the compute
                                                    dtype; specs, config and state in the metadata, so that it stands alone
-                            state.json             step, tokens, data position, policy in force
+                            state.json             step, tokens, data position, policy in force, largest inputs
                             tokenizer.model        MANIFEST.json (sha256 of each file)        COMPLETE
 
 Written to a temporary folder, every file fsynced, the folder renamed: a kill at any moment leaves the older steps and at

@@ -6,10 +6,10 @@
               mixed       each matrix in the narrowest of these that has no fewer bits than most of its elements have
     layout    compressed-tensors, which transformers and vLLM read, or modelopt, the same bytes by other names
 
-A Linear that the run has in BF16 stays so; where the run quantises none, all but the head are quantised now. One that the run
-trained in the format is exported by the codes of the checkpoint, bit for bit; another is quantised again from its master, to
-nearest, and the model card says with what error. The query, key and value of a layer, and gate and up, are one matrix here, so
-they share scale and format, as fused kernels need.
+A Linear that the run has in BF16 stays so; where it quantises no weight, those with a recipe, or else all but the head, are
+quantised now. One that the run trained in the format is exported by the codes of the checkpoint, bit for bit; another is
+quantised again from its master, to nearest, and the model card says with what error. The query, key and value of a layer, and
+gate and up, are one matrix here, so they share scale and format, as fused kernels need.
 
 The amax of an activation is the largest that training has lately quantised (state.json), or, where that is not known, measured
 now over windows of the training set. What the target has no place for lies in narrow/: tokenizer.model, config.toml of the run,
@@ -42,7 +42,9 @@ from data.hf_tokenizer import tokenizer_config, tokenizer_json
 from data.sources import ORIGINS
 from layouts import LAYOUTS, SPECS, architecture, compressed_config, form_of, modelopt_config, parts, written
 from model import GPT
+from plot import lines_of
 from quant import QTensor, quantize
+from quant.encode import check
 from quant.linear import Linear, linears
 from quant.mixed import Mixed
 from quant.policy import table
@@ -56,11 +58,14 @@ OURS = "narrow"  # the folder of what only narrow reads, by which an export is k
 
 def wanted(model: GPT, form: str) -> dict[str, str]:
     """Linear -> "bf16", "nvfp4" or "mxfp8"."""
-    trained = {name: bool(m.recipe and m.recipe.fprop.w) for name, m in linears(model).items()}
+    modules = linears(model)
+    trained = {name: bool(m.recipe and m.recipe.fprop.w) for name, m in modules.items()}
+    if not any(trained.values()):  # a forward pass in BF16, at last (nvfp4.toml) or always
+        trained = {name: bool(m.recipe) for name, m in modules.items()}
     if not any(trained.values()):
-        trained = {name: name != "head" for name in trained}
+        trained = {name: name != "head" for name in modules}
     found = {}
-    for name, module in linears(model).items():
+    for name, module in modules.items():
         if form == "bf16" or not trained[name] or (name == "head" and model.config.tied_head):
             found[name] = "bf16"
         else:
@@ -85,6 +90,7 @@ def coded(module: Linear, form: str) -> tuple[QTensor, str]:
     if spec is not None and form_of(spec) == form:
         return module.quantized_weight(), "the codes of training"
     w = module.weight.detach()
+    check(w.shape, SPECS[form], f"{module.name} as {form}")
     q = quantize(w, SPECS[form])
     return q, f"quantised again from the master, relative error {float((q.dequantize() - w).norm() / w.norm()):.4f}"
 
@@ -157,8 +163,15 @@ def amaxes_of(loaded: checkpoint.Loaded, names: list[str], windows: int) -> tupl
 def whole(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes it at the end, or is deleted. An older `out` is there until then."""
     temporary, old = (out.with_name(f".{word}_{out.name}") for word in ("writing", "old"))
-    for left in (temporary, old):
-        shutil.rmtree(left, ignore_errors=True)
+
+    def settle() -> None:
+        """Put right what was interrupted, by a kill too: the older folder has its place again."""
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+    settle()
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -166,8 +179,7 @@ def whole(out: Path) -> Iterator[Path]:
             os.replace(out, old)
         os.replace(temporary, out)
     finally:
-        for left in (temporary, old):
-            shutil.rmtree(left, ignore_errors=True)
+        settle()
 
 
 def replaceable(out: Path) -> None:
@@ -274,7 +286,7 @@ def losses_of(loaded: checkpoint.Loaded) -> tuple[str, list[str]]:
     found = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
     if rows := {name: row for name, row in found.items() if isinstance(row, dict) and {"loss", "bpb"} <= row.keys()}:
         return "`make eval`", [line(name, row["loss"], row["bpb"]) for name, row in rows.items()]
-    every = [json.loads(each) for each in metrics.read_text().splitlines()] if metrics.is_file() else []
+    every = lines_of(loaded.folder.parent) if metrics.is_file() else []
     seen = [m for m in every if "val_loss" in m and m["step"] <= loaded.state["step"]]
     if not seen:
         return "", []

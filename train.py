@@ -157,7 +157,7 @@ class Trainer:
         lr = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.context.amaxes.mul_(FORGET)
+        self.context.amaxes.mul_(self.forget)
         loss, size = self.forward_backward(step)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
         self.frozen.copy_(torch.maximum(self.frozen, (~(loss.isfinite() & norm.isfinite())).float()))
@@ -174,6 +174,8 @@ class Trainer:
         config = self.config
         chosen = assign(self.model, config.recipes, config.policy, step / config.train.steps)
         if chosen != self.policy:
+            noted = (module.recipe and module.recipe.fprop.x for module in linears(self.model).values())
+            self.forget = torch.tensor([FORGET if x else 1.0 for x in noted], device=self.device)
             print(f"policy from step {step}:\n" + "\n".join("  " + line for line in table(chosen, config.recipes).splitlines()))
             others = [f"{name}  {spec}" for name, spec in config.sites.short().items()]
             print("".join(f"  {line}\n" for line in [*others, self.store.describe()] if line), end="")

@@ -444,6 +444,31 @@ def test_a_rotated_basis_is_refused_but_as_bf16(small, tmp_path):
     export.export(path, "bf16", "compressed-tensors", out, 1)
 
 
+def test_a_width_that_no_block_cuts_is_refused(small, tmp_path):
+    train.main(["configs/tiny-bf16.toml", *small, "run.name=exported-odd", "train.steps=2", "model.ffn=272"])
+    with pytest.raises(
+        ValueError, match="blocks.0.ffn.down as mxfp8 of shape .*: its contraction, 272, must be a multiple of 32"
+    ):
+        export.export(folder(small, "exported-odd"), "mxfp8", "compressed-tensors", tmp_path / "x", 1)
+    assert list(tmp_path.iterdir()) == []
+    export.export(folder(small, "exported-odd"), "nvfp4a16", "compressed-tensors", tmp_path / "x", 1)
+
+
+def test_a_forward_pass_that_ends_in_bf16(small, tmp_path):
+    """nvfp4.toml leaves fprop in BF16 for its last 18 %: what has the recipe is quantised again, what never had stays, and the
+    largest inputs are those of when they were quantised."""
+    train.main(["configs/nvfp4.toml", *small, "run.name=exported-late", "run.checkpoint_every=16", "policy.tail.last=1"])
+    early, late = (folder(small, "exported-late") / step for step in ("step_000016", "step_000020"))
+    before, after = (json.loads((step / "state.json").read_text()) for step in (early, late))
+    assert set(before["policy"].values()) == {"bf16", "nvfp4"} and set(after["policy"].values()) == {"bf16", "nvfp4-backward"}
+    assert set(after["amaxes"]) == {name for name, recipe in after["policy"].items() if recipe != "bf16"}
+    assert all(after["amaxes"][name] >= train.FORGET * a for name, a in before["amaxes"].items())
+    out = export.export(late, "nvfp4", "compressed-tensors", tmp_path / "x", 1)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert "lm_head" in config["ignore"] and "model.layers.1.mlp.up_proj" in config["ignore"] and len(config["ignore"]) == 7
+    assert "training has lately quantised" in (out / "README.md").read_text()
+
+
 def test_what_is_no_export_is_left_alone(run, tmp_path, monkeypatch):
     """And an export that fails, or is killed, leaves the older one."""
     (out := tmp_path / "x").mkdir()
@@ -462,6 +487,10 @@ def test_what_is_no_export_is_left_alone(run, tmp_path, monkeypatch):
         export.export(run, "bf16", "compressed-tensors", out, 1)
     assert {f.name: f.stat().st_mtime_ns for f in out.iterdir()} == before and list(tmp_path.iterdir()) == [out]
     monkeypatch.undo()
+    out.rename(tmp_path / ".old_x")  # killed between two renames
+    with pytest.raises(ValueError):
+        export.export(run, "bf16", "compressed-tensors", out, 1, shard="many")
+    assert {f.name: f.stat().st_mtime_ns for f in out.iterdir()} == before and list(tmp_path.iterdir()) == [out]
     export.export(run, "nvfp4", "compressed-tensors", out, 1)
     assert "quantization_config" in json.loads((out / "config.json").read_text()) and list(tmp_path.iterdir()) == [out]
 
