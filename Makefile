@@ -22,7 +22,7 @@ ready := .venv/.ready-$(DEVICE)
 groups = $(py) -c 'import sys, tomllib; table = tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]; \
 	print(*(line for name in sys.argv[1:] for line in table[name]), sep="\n")'
 
-.PHONY: help setup data train plot compare search eval inspect export test test-all test-gpu kernels-check bench bench-gpu outcomes schema table lint resolve clean run-given config-exists
+.PHONY: help setup data train plot compare search eval inspect export import test test-all test-gpu kernels-check bench bench-gpu outcomes schema table lint resolve clean run-given config-exists
 .DEFAULT_GOAL := help
 
 help: ## this table
@@ -56,6 +56,10 @@ inspect: $(ready) ## what a checkpoint holds, and how far another is from it: ST
 
 export: run-given $(ready) ## a Hugging Face folder: RUN=out/NAME FORMAT=nvfp4|nvfp4a16|mxfp8|mixed|bf16 [LAYOUT=modelopt]
 	$(py) export.py $(RUN) $(if $(FORMAT),--format $(FORMAT)) $(if $(LAYOUT),--layout $(LAYOUT)) $(ARGS)
+
+import: $(ready) ## a run from a Hugging Face folder in BF16, NVFP4 or MXFP8: DIR=... [OUT=out/NAME]
+	$(if $(DIR),,$(error make import needs DIR=..., a folder with config.json and safetensors))
+	$(py) importer.py $(DIR) $(if $(OUT),--out $(OUT))
 
 test: $(ready) ## run the tests, without the slow ones; those of the kernels also in Triton's interpreter [ARGS="-k words"]
 	$(py) -m pytest $(ARGS)

@@ -6,7 +6,7 @@
                             quantized.safetensors  all that a forward pass needs: codes, scales and global scales of every
                                                    quantised weight, as training used them, other matrices in the compute
                                                    dtype; specs, config and state in the metadata, so that it stands alone
-                            state.json             step, tokens, data position, policy in force
+                            state.json             step, tokens, data position, policy in force, largest inputs
                             config.toml            that of the run, resolved                  tokenizer.model
                             MANIFEST.json          sha256 of each file                        COMPLETE: that of the manifest
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,10 +36,10 @@ import sealed
 from configs import Config, load
 from data import Tokenizer
 from model import GPT, rope_table
-from quant import WeightStore, assign, assign_sites, attach
+from quant import QTensor, WeightStore, assign, assign_sites, attach
 from quant.context import Context
 from quant.linear import linears
-from quant.mixed import from_state
+from quant.mixed import Mixed, from_state
 
 VERSION = 2  # 1 had no config.toml and an empty COMPLETE
 
@@ -59,7 +59,7 @@ def save(
     model: GPT,
     optimizer: torch.optim.Optimizer,
     state: dict,
-    tokenizer: Path,
+    tokenizer: Path | None,
     keep: int,
     store: WeightStore | None = None,
     quantized: bool = True,
@@ -85,7 +85,8 @@ def save(
             save_file(_moments(model, optimizer) | compensation, temporary / "optimizer.safetensors")
             written("optimizer.safetensors")
             shutil.copyfile(run / "config.toml", temporary / "config.toml")
-            shutil.copyfile(tokenizer, temporary / "tokenizer.model")
+            if tokenizer:
+                shutil.copyfile(tokenizer, temporary / "tokenizer.model")
             (temporary / "state.json").write_text(json.dumps(record, indent=1))
             if quantized:
                 specs: dict[str, dict] = {}
@@ -93,8 +94,9 @@ def save(
                 file = temporary / "quantized.safetensors"
                 sealed.write(file, packed(model, specs), lambda: {"specs": json.dumps(specs), **texts})
                 written(file.name)
-            for name in ("config.toml", "tokenizer.model", "state.json"):
-                written(name)
+            for file in temporary.iterdir():
+                if file.name not in hashes:
+                    written(file.name)
             manifest = {name: hashes[name].result() for name in sorted(hashes)}
         (temporary / "MANIFEST.json").write_text(json.dumps({"version": VERSION, "sha256": manifest}, indent=1))
         (temporary / "COMPLETE").write_text(_settle(temporary / "MANIFEST.json"))
@@ -280,7 +282,7 @@ def config_file(folder: Path) -> Path:
 class Loaded:
     model: GPT
     config: Config
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # an import may have none
     state: dict
     folder: Path
 
@@ -313,7 +315,7 @@ def load_model(run_or_step: str | Path, weights: str = "master") -> Loaded:
     model = _built(config, state)
     _fill(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
     model.requires_grad_(False)
-    return Loaded(model, config, Tokenizer.load(folder), state, folder)
+    return Loaded(model, config, _tokenizer(folder), state, folder)
 
 
 def load_packed(file: str | Path) -> Loaded:
@@ -336,8 +338,21 @@ def load_packed(file: str | Path) -> Loaded:
     model.requires_grad_(False)
     for name, q in codes.items():
         modules[name].use(q)
-    tokenizer = Tokenizer.load(file.parent) if (file.parent / "tokenizer.model").exists() else None
-    return Loaded(model, config, tokenizer, state, file.parent)
+    return Loaded(model, config, _tokenizer(file.parent), state, file.parent)
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    return Tokenizer.load(folder) if (folder / "tokenizer.model").exists() else None
+
+
+def codes(folder: Path) -> dict[str, QTensor | Mixed]:
+    """Linear -> its weight as quantized.safetensors of a step has it; nothing where there is no such file."""
+    if not (file := folder / "quantized.safetensors").exists():
+        return {}
+    with safe_open(file, "pt") as f:
+        specs = json.loads(f.metadata()["specs"])
+    tensors = load_file(file)
+    return {name: from_state(name, tensors, each) for name, each in specs.items()}
 
 
 def _built(config: Config, state: dict) -> GPT:

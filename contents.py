@@ -11,12 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 import checkpoint
-from quant.mixed import Mixed, from_state
+from quant.mixed import Mixed
 
 
 class Step:
@@ -27,12 +26,7 @@ class Step:
         checkpoint.intact(self.folder)
         self.state = json.loads((self.folder / "state.json").read_text())
         self.masters = load_file(self.folder / "model.safetensors")
-        path, specs, tensors = self.folder / "quantized.safetensors", {}, {}
-        if path.exists():
-            with safe_open(path, "pt") as f:
-                specs = json.loads(f.metadata()["specs"])
-            tensors = load_file(path)
-        self.quantised = {f"{name}.weight": from_state(name, tensors, each) for name, each in specs.items()}
+        self.quantised = {f"{name}.weight": q for name, q in checkpoint.codes(self.folder).items()}
 
     def format(self, name: str) -> str:
         """How a parameter is stored beside its master, with the share of each format where blocks differ."""
@@ -41,8 +35,7 @@ class Step:
         q = self.quantised[name]
         if not isinstance(q, Mixed):
             return q.spec.short()
-        sizes = {part.spec.short(): part.shape[0] * part.shape[1] for part in q.parts.values()}
-        return ", ".join(f"{size / sum(sizes.values()):.0%} {spec}" for spec, size in sizes.items())
+        return ", ".join(f"{share:.0%} {spec}" for spec, share in q.shares().items())
 
     def bits(self, name: str) -> float:
         q, count = self.quantised.get(name), self.masters[name].numel()

@@ -72,6 +72,10 @@ def main(argv: list[str]) -> int:
     if args.windows < 2 or args.tokens < 1 or args.temperature < 0:
         raise ValueError("expected --windows of at least 2, --tokens of at least 1, --temperature of at least 0")
     loaded = checkpoint.load_model(args.run)
+    if loaded.tokenizer is None:
+        raise ValueError(
+            f"{loaded.folder} has no tokenizer (it was imported without one), so there is no text to evaluate it on"
+        )
     print(f"{loaded.folder}: step {loaded.state['step']}, {loaded.state['tokens']:,} tokens")
     if args.sample:
         for prompt in args.sample:

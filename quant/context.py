@@ -31,6 +31,8 @@ class Context:
     each step for a weight; and under "module/gemm", of each micro-batch, spec and index of both operands of a GEMM.
     `tap`: None, or what is called after every GEMM with the Linear, "fprop", "dgrad" or "wgrad", both operands (`Linear.plain`)
     and y, dx or dw; also of Linears without a recipe, whose backward is then that of this file and not autograd's.
+    `amaxes`: None, or fp32 [Linears], by their numbers: the largest magnitude that training has lately quantised in fprop.x of
+    each, 0: none yet. Training makes it forget (train.py), evaluations leave it alone, and it changes no number but itself.
     """
 
     def __init__(self, seed: int = 0, gemm: str = "bf16", device: str | torch.device = "cpu", backend: str = "emulate"):
@@ -40,6 +42,7 @@ class Context:
         self.stats: dict[str, Tensor] | None = None
         self.decisions: dict[str, dict[tuple[int, int], tuple]] | None = None
         self.last: dict[str, Decision] = {}  # of `decisions` that have been read, for what comes after them
+        self.amaxes: Tensor | None = None
         self.tap: Callable[[nn.Module, str, Operand, Operand, Tensor], None] | None = None
 
     def at(self, step: int, micro_batch: int) -> None:

@@ -91,10 +91,13 @@ class Linear(nn.Linear):
         return text
 
     def quantized_weight(self) -> QTensor | Mixed | None:
-        """fprop.w quantised, as an evaluation would, or None where the recipe leaves it in the compute dtype."""
+        """fprop.w quantised, as an evaluation would, or what is in `use`; None where the recipe leaves it as it is."""
         spec = self.recipe and self.recipe.fprop.w
         if not spec:
             return None
+        stamp, q = self._cache.get("codes", (None, None))
+        if q is not None and stamp == self._stamp(spec):
+            return q
         w, keys = self._source(), self._keys("fprop.w", spec)
         index = self._remembered("fprop.w", spec, training=False)[0] if spec.ladder and spec.memory else None
         return quantize(w, spec, *keys, self._held("fprop.w", spec, w, note=False), index)
@@ -103,7 +106,13 @@ class Linear(nn.Linear):
         """Take these codes for fprop.w (and what is made of it for dgrad.w) until the weight changes."""
         self._cache.clear()
         spec = self.recipe.fprop.w
+        self._cached("codes", spec, lambda: q)
         self._cached("fprop.w", spec, lambda: Operand(*decoded_values(q, spec)))
+
+    def hold(self, operand: str, amax: float) -> None:
+        """Take this amax for the operand, whose scale has a history, in the step of the context: that of the step before."""
+        number, found = self._history(operand, self.recipe.operands()[operand].scale.history)
+        number[0], found[0] = self.context.step - 1, amax
 
     def dequantized(self, q: QTensor | Mixed) -> Tensor:
         """The weight that a QTensor of fprop.w stands for, fp32 [O, I], turned back from the basis it was quantised in."""
@@ -149,6 +158,13 @@ class Linear(nn.Linear):
         return self._backends[place]
 
     # --- operands ---
+
+    def _note(self, x: Tensor) -> None:
+        """Keep the largest |x| that training quantises in fprop. Recomputing a block notes it twice, which changes nothing."""
+        if self.context.amaxes is not None and self.training and self.recipe and self.recipe.fprop.x:
+            low, high = torch.aminmax(x)  # (a third of the time of abs and amax)
+            seen = self.context.amaxes[self.number]
+            seen.copy_(torch.maximum(seen, torch.maximum(high, -low).to(torch.float32)))
 
     def _mask(self, operand: str, spec: Spec, x: Tensor) -> Tensor:
         return unclipped(x, spec, *self._keys(operand, spec), self._held(operand, spec, x))
@@ -345,15 +361,19 @@ class Linear(nn.Linear):
     def _cached(self, name: str, kind, make):
         if torch.compiler.is_compiling():
             return make()  # part of the compiled graph then
+        stamp = self._stamp(kind)
+        if self._cache.get(name, (None,))[0] != stamp:
+            self._cache[name] = (stamp, make())
+        return self._cache[name][1]
+
+    def _stamp(self, kind) -> tuple:
+        """Of what is made of the weight by a spec, or in a dtype: as long as it is the same, so is what is made."""
         specs = [kind] if isinstance(kind, QuantSpec | Choice) else []
         specs += [self.recipe.fprop.w for spec in specs if spec.source == "fprop"]
         step = self.context.step if any(spec.keyed or spec.scale.history for spec in specs) else None
         if any(spec.ladder for spec in specs):  # it notes what it decides, once a step, in training
             step = self.context.step, self.training
-        stamp = (self.weight._version, self.weight.data_ptr(), kind, self.recipe, step)
-        if self._cache.get(name, (None,))[0] != stamp:
-            self._cache[name] = (stamp, make())
-        return self._cache[name][1]
+        return self.weight._version, self.weight.data_ptr(), kind, self.recipe, step
 
 
 class Kept(NamedTuple):
@@ -399,7 +419,9 @@ class _Quantized(torch.autograd.Function):
         packed = {name: backend != "emulate" for name, backend in backends.items()}
         once = not (packed["fprop"] or packed["wgrad"])
         first, second = module._pair("fprop.x", "wgrad.x", x, once) if ctx.needs_input_grad[1] else (None, None)
-        a = module._operand("fprop.x", fprop_x, rest if fprop_x and fprop_x.center else x, packed["fprop"], first)
+        inputs = rest if fprop_x and fprop_x.center else x
+        module._note(inputs)
+        a = module._operand("fprop.x", fprop_x, inputs, packed["fprop"], first)
         b = module._weight("fprop.w", recipe.fprop.w, dtype, packed["fprop"])
         if fprop_x and fprop_x.center:
             y = (gemm(a, b, torch.float32, mode, backends["fprop"]) + linear(mean, b.dense())).to(dtype)

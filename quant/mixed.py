@@ -61,6 +61,11 @@ class Mixed:
     def nbytes(self) -> int:
         return self.index.nbytes + sum(part.nbytes() for part in self.parts.values())
 
+    def shares(self) -> dict[str, float]:
+        """Of elements: `short()` of each candidate that any block has -> how many of all."""
+        sizes = {part.spec.short(): prod(part.shape) for part in self.parts.values()}
+        return {name: size / prod(self.shape) for name, size in sizes.items()}
+
     def state(self, name: str) -> tuple[dict[str, Tensor], dict]:
         """As QTensor.state: `name.index`, and of candidate i `name.i.codes` and so on."""
         tensors, parts = {f"{name}.index": self.index.contiguous()}, {}

@@ -19,11 +19,11 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "bench": 9,
     "studies": 8, "testing": 8,
-    "compare": 7, "search": 7, "contents": 7,
+    "compare": 7, "search": 7, "contents": 7, "importer": 7,
     "train": 6, "evaluate": 6, "export": 6, "plan": 6,
     "run": 5,
     "checkpoint": 4, "plot": 4,
-    "configs": 3,
+    "configs": 3, "layouts": 3,
     "model": 2, "data": 2, "sealed": 2,
     "quant": 1,
     "kernels": 0,
