@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.harness import nearest
+from configs import near
 
 FIELDS = {
     "multiple_choice": ("query", "choices", "gold"),
@@ -95,9 +95,9 @@ def _task(folder: Path, entry: Any, place: str, baselines: dict[str, float]) -> 
             raise ValueError(f"{place}: no {key}; expected {', '.join(wanted)}, not {str(entry)[:80]}")
     label, kind = str(entry["label"]), entry["icl_task_type"]
     if kind not in FIELDS:
-        raise ValueError(f"{place} ({label}): icl_task_type {kind!r}{nearest(kind, FIELDS)}")
+        raise ValueError(f"{place} ({label}): icl_task_type {kind!r}{near(kind, FIELDS)}")
     if label not in baselines:
-        raise ValueError(f"{folder / 'eval_meta_data.csv'}: no row for {label!r}{nearest(label, baselines)}")
+        raise ValueError(f"{folder / 'eval_meta_data.csv'}: no row for {label!r}{near(label, baselines)}")
     if not 0 <= baselines[label] < 100:
         raise ValueError(
             f"{folder / 'eval_meta_data.csv'}: {label} has a baseline of {baselines[label]}, expected 0 to below 100"

@@ -17,7 +17,6 @@ Nothing here reaches the network but with --online. Left out: chat templates, ba
 name is that of our script.
 """
 
-import difflib
 import json
 import logging
 import os
@@ -32,6 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import refuse_pickle
+from configs import near
 from data import Tokenizer
 from model import GPT
 
@@ -52,12 +52,6 @@ def offline() -> None:
             setattr(sys.modules[module], name, True)
 
 
-def nearest(name: str, names) -> str:
-    """ "; did you mean 'x'?" or what there is."""
-    found = difflib.get_close_matches(str(name), sorted(map(str, names)), 1, 0.5)
-    return f"; did you mean {found[0]!r}?" if found else f"; there are {', '.join(sorted(map(str, names))) or 'none'}"
-
-
 # --- tasks ---
 
 
@@ -76,7 +70,7 @@ def rows_of(file: Path) -> list[dict]:
             raise ValueError(f"{place}: no JSON ({error})") from None
         if not isinstance(row, dict) or tuple(row) not in [*FORMS] and {*row} not in [{*keys} for keys in FORMS]:
             wrong = next((key for key in row if key not in sum(FORMS, ())), None) if isinstance(row, dict) else None
-            hint = nearest(wrong, sum(FORMS, ())) if wrong else ""
+            hint = near(wrong, sum(FORMS, ())) if wrong else ""
             raise ValueError(f'{place}: expected {{"text"}} or {{"context", "choices", "answer"}}, not {line[:60]}{hint}')
         if form and {*row} != form:
             raise ValueError(f"{place}: has {sorted(row)}, the lines before it {sorted(form)}; a file is one task")
@@ -159,7 +153,7 @@ def load_tasks(names: list[str], folder: Path | None = None, metadata: dict | No
             wanted.append(name)
         else:
             more = "" if online else " (lm-eval's own, which it downloads, with --online)"
-            raise ValueError(f"--tasks {name}: no such task{more}{nearest(name, manager.all_tasks)}")
+            raise ValueError(f"--tasks {name}: no such task{more}{near(name, manager.all_tasks)}")
 
     def load() -> dict:
         found = {}
@@ -172,7 +166,7 @@ def load_tasks(names: list[str], folder: Path | None = None, metadata: dict | No
                 entry = manager.task_index.get(name)
                 keys = [key for key in (entry.cfg or {}) if key not in TaskConfig.__annotations__] if entry else []
                 keys = [key for key in keys if key in text]
-                hint = nearest(keys[0], TaskConfig.__annotations__) if keys else ""
+                hint = near(keys[0], TaskConfig.__annotations__) if keys else ""
                 place = entry.yaml_path if entry else name
                 raise ValueError(f"task {name!r} ({place}): {type(error).__name__}: {text[:300]}{hint}") from None
         return found
@@ -307,8 +301,9 @@ def run(lm, load: Callable, limit: int | None) -> list[Result]:
         task.set_fewshot_seed(seed=1234)
         try:
             found = evaluate(lm, {"tasks": {name: task}, "groups": {}, "group_map": {}}, limit=limit, log_samples=False, **once)
-        except ValueError as error:
-            raise ValueError(f"task {name!r}: {error}") from None
+        except Exception as error:  # as above
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"task {name!r}: {kind}{' '.join(str(error).split())[:300]}") from error
         numbers = found["results"][name]
         chance = None
         if task.OUTPUT_TYPE == "multiple_choice" and not task.multiple_input:

@@ -20,6 +20,7 @@ import torch
 
 import checkpoint
 from checkpoint import Loaded
+from configs import near
 from data import Corpus, prepare
 from model import GPT
 from quant.policy import unquantized
@@ -62,9 +63,7 @@ def check(args: Namespace) -> None:
         raise ValueError(f"--limit {args.limit}: expected at least 1")
     for name in args.models.split(","):
         if name not in MODELS:
-            from evaluation.harness import nearest
-
-            raise ValueError(f"--models {name}: no such model{nearest(name, MODELS)}")
+            raise ValueError(f"--models {name}: no such model{near(name, MODELS)}")
     args.batches, default = numbers("--batches", args.batches), sorted({1, os.cpu_count() or 1})
     args.threads = numbers("--threads", args.threads) if args.threads else default
 
