@@ -139,11 +139,16 @@ def load_tasks(names: list[str], folder: Path | None = None, metadata: dict | No
     if folder and not folder.is_dir():
         raise ValueError(f"--task-dir {folder}: no such folder")
     folders = [EXAMPLES, *([folder] if folder else [])]
-    for file in sorted(folder.rglob("*.yaml")) if folder else ():  # lm-eval passes over what it cannot read
+    places: dict[str, Path] = {}
+    for file in (
+        sorted(folder.rglob("*.yaml")) if folder else ()
+    ):  # lm-eval passes over what it cannot read, and over the second
         try:
-            load_yaml(file, resolve_func=False)
+            name = load_yaml(file, resolve_func=False).get("task")
         except Exception as error:  # of YAML, or of files it includes
             raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
+        if isinstance(name, str) and places.setdefault(name, file) != file:
+            raise ValueError(f"{file}: the task {name!r} is that of {places[name]} too")
     manager = TaskManager(include_path=folders, include_defaults=online, metadata=metadata)
     wanted = []
     for name in names:
@@ -160,7 +165,7 @@ def load_tasks(names: list[str], folder: Path | None = None, metadata: dict | No
         for each in wanted:
             name = each if isinstance(each, str) else each["task"]
             try:
-                found |= manager.load([each])["tasks"]
+                tasks = manager.load([each])["tasks"]
             except Exception as error:  # anything: task files are programs
                 text = " ".join(str(error).split())
                 entry = manager.task_index.get(name)
@@ -169,6 +174,9 @@ def load_tasks(names: list[str], folder: Path | None = None, metadata: dict | No
                 hint = near(keys[0], TaskConfig.__annotations__) if keys else ""
                 place = entry.yaml_path if entry else name
                 raise ValueError(f"task {name!r} ({place}): {type(error).__name__}: {text[:300]}{hint}") from None
+            if twice := found.keys() & tasks.keys():
+                raise ValueError(f"--tasks {name}: {min(twice)!r} is asked twice, or two files have its name")
+            found |= tasks
         return found
 
     return load

@@ -120,7 +120,7 @@ def sample(args: Namespace, loaded: Loaded) -> None:
 def tasks(args: Namespace, loaded: Loaded) -> None:
     from evaluation import harness
 
-    names = [name for name in args.tasks.split(",") if name]
+    names = args.tasks.split(",")
     metadata = {"corpus": str(corpus_of(loaded).folder)} if "heldout_bpb" in names else None
     load, rows = harness.load_tasks(names, args.task_dir, metadata, args.online), {}
     load()  # before anything is computed

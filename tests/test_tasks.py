@@ -17,8 +17,9 @@ import checkpoint
 import evaluate
 import export
 import train
+from data import Corpus, prepare
 from evaluation import harness
-from evaluation.tasks.examples import KINDS, questions
+from evaluation.tasks.examples import KINDS, heldout, questions
 from model import measure
 from quant.policy import unquantized
 from tests.test_train import NVFP4, folder
@@ -215,6 +216,10 @@ def test_mistakes_are_one_sentence_and_overwrite_nothing(run, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "b.yaml").write_text("task: [b\n")
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    for name in "ab":
+        (twice / f"{name}.yaml").write_text("task: same\noutput_type: multiple_choice\n")
     files = {
         "form": ['{"context": "a", "choises": ["b", "c"], "answer": 0}'],
         "json": ['{"text": "a"}', "{text}"],
@@ -235,6 +240,9 @@ def test_mistakes_are_one_sentence_and_overwrite_nothing(run, tmp_path):
         ([f"{tmp_path}/two.jsonl"], r"two.jsonl, line 2: has .*; a file is one task"),
         ([f"{tmp_path}/answer.jsonl"], r"answer.jsonl, line 1: expected a context, two or more choices"),
         ([f"{tmp_path}/empty.jsonl"], r"empty.jsonl: no line in it"),
+        (["same", "--task-dir", str(twice)], r"b.yaml: the task 'same' is that of .*a.yaml too"),
+        (["copy_words,copy_words"], "'copy_words' is asked twice"),
+        (["copy_words,"], r"--tasks : no such task"),
         (["copy_words", "--models", "train"], r"--models train: no such model; did you mean 'trained'\?"),
         (["copy_words", "--limit", "0"], "--limit 0: expected at least 1"),
         (["copy_words", "--exported", f"{tmp_path}/none"], "--exported .*none: no folder that export.py has written"),
@@ -287,6 +295,18 @@ def test_made_up_questions(kind):
             assert a + b == int(right)
     places = torch.bincount(torch.tensor([q["answer"] for q in found]), minlength=4)
     assert (places - 50).abs().max() < 5 * math.sqrt(200 * 0.25 * 0.75)  # five standard deviations
+
+
+def test_held_out_documents_are_all_of_them(loaded):
+    corpus = Corpus(prepare(loaded.config.data, quiet=True))
+    documents = [d.tolist() for d in corpus.documents("val")]
+    bos = corpus.tokenizer.bos
+    assert len(documents) > 2 and not any(bos in d for d in documents)
+    assert sum(([bos, *d] for d in documents), []) == corpus._slice("val", 0, corpus.tokens("val")).tolist()
+    texts = [row["text"] for row in heldout(corpus=str(corpus.folder), characters=100)["test"]]
+    assert texts == [corpus.tokenizer.decode(d)[:100] for d in documents]
+    with pytest.raises(ValueError, match="takes its text from the checkpoint's corpus"):
+        heldout()
 
 
 # --- pickles ---
