@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -287,12 +288,41 @@ class Loaded:
     folder: Path
 
 
+PICKLES = ".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises ValueError if this is a pickle, by name or by its first bytes, or a folder that has one and no safetensors."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    if any(f.suffix == ".safetensors" for f in files):
+        return
+    for f in files:
+        if f.suffix.lower() in PICKLES or (f == path and _pickled(f)):
+            raise ValueError(f"{f} is a pickle, which may run any code when it is loaded: only safetensors are read")
+
+
+def _pickled(file: Path) -> bool:
+    """By protocol 2 or newer of pickle, or as torch.save writes it, a zip with data.pkl."""
+    with file.open("rb") as f:
+        start = f.read(4)
+    if start[:1] == b"\x80" and start[1:2] <= b"\x05":
+        return True
+    if start != b"PK\x03\x04":
+        return False
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
 def find(run_or_step: str | Path) -> Path:
     """out/NAME (its newest complete step) or out/NAME/step_N -> the step folder. Raises ValueError if there is none."""
     path = Path(run_or_step)
     if (path / "MANIFEST.json").exists() or (path / "state.json").exists():
         return path
     if not (found := steps(path)):
+        refuse_pickle(path)
         raise ValueError(f"{path}: neither a checkpoint nor a run folder with a complete one")
     return step_folder(path, found[-1])
 

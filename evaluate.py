@@ -1,4 +1,4 @@
-"""python evaluate.py RUN_OR_STEP [--windows N] [--exported DIR ...] [--sample PROMPT ...]: what a checkpoint is worth.
+"""python evaluate.py RUN_OR_STEP [--windows N] [--exported DIR ...] [one of the questions below]: what a checkpoint is worth.
 
 One table over the validation set (bits per byte, see model.measure), the same windows in each row:
 
@@ -8,9 +8,9 @@ One table over the validation set (bits per byte, see model.measure), the same w
     DIR            a folder of export.py, as transformers loads it: the weights it holds, activations quantised as it says
 
 and `difference`, the mean over windows of a row's loss minus that of bf16, with its paired standard error: much smaller than
-that of either mean. Also written to evaluation.json in the step folder. With --sample, texts that continue a prompt.
+that of either mean. Also written to evaluation.json in the step folder.
 
-Left out so far: lm-eval tasks.
+Or, instead of the table (evaluation/questions.py): --sample PROMPT, --tasks NAMES, --core-bundle DIR, --reproduce.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from data import Corpus, prepare
+from evaluation import questions
 from model import measure
 from quant.policy import unquantized
 
@@ -45,6 +46,7 @@ class Exported(nn.Module):
 
     def __init__(self, folder: Path, T: int):
         super().__init__()
+        checkpoint.refuse_pickle(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"--exported {folder}: no folder that export.py has written, which has a config.json")
         try:
@@ -64,24 +66,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", help="out/NAME or out/NAME/step_N")
     parser.add_argument("--windows", type=int, default=64, help="validation windows of seq_len tokens (default 64)")
     parser.add_argument("--exported", metavar="DIR", type=Path, action="append", default=[], help="... of this checkpoint too")
-    parser.add_argument("--sample", metavar="PROMPT", action="append", help="continue this text instead; may be repeated")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens a sample (default 128)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    parser.add_argument("--seed", type=int, default=0)
+    questions.arguments(parser)
     args = parser.parse_args(argv)
-    if args.windows < 2 or args.tokens < 1 or args.temperature < 0:
-        raise ValueError("expected --windows of at least 2, --tokens of at least 1, --temperature of at least 0")
+    if args.windows < 2:
+        raise ValueError("expected --windows of at least 2")
+    questions.check(args)
     loaded = checkpoint.load_model(args.run)
     if loaded.tokenizer is None:
         raise ValueError(
             f"{loaded.folder} has no tokenizer (it was imported without one), so there is no text to evaluate it on"
         )
     print(f"{loaded.folder}: step {loaded.state['step']}, {loaded.state['tokens']:,} tokens")
-    if args.sample:
-        for prompt in args.sample:
-            tokenizer = loaded.tokenizer
-            ids = loaded.model.sample(tokenizer.encode(prompt, bos=True), args.tokens, args.temperature, args.seed)
-            print(f"\n{tokenizer.decode([i for i in ids if i != tokenizer.bos])}")
+    if questions.answer(args, loaded):
         return 0
     corpus = Corpus(prepare(loaded.config.data, quiet=True))
     if corpus.tokenizer.sha256 != loaded.tokenizer.sha256:

@@ -9,11 +9,17 @@ matrix that multiplies activations is a quant.Linear; norms, embedding, softmax 
 the compute dtype (arXiv:2509.25149, section 3 and appendix A). Parameters are fp32 masters and the compute dtype is an
 explicit argument: there is no autocast.
 
-Left out: Mamba blocks (the paper's 12B is a hybrid), mixture of experts, key-value caches, dropout.
+    with a cache:  keys and values of the positions before come from `Past`, and tokens [B, T] are those after them
+
+In a quantised model one token alone is another tensor than a window: its activations are quantised by the same specs, but what
+several rows share (a tensor-wide amax, a block of several rows, filled up with rows of zeros) is that of its row alone.
+Where blocks lie within rows and nothing is tensor-wide (MXFP8, MXFP4), a row has the same codes in both.
+
+Left out: Mamba blocks (the paper's 12B is a hybrid), mixture of experts, dropout.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import Literal
 
 import torch
@@ -67,11 +73,26 @@ def rope_table(config: ModelConfig, device=None) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()]).to(torch.float32)
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotary positions: x [B, H, T, d], pairs (i, i + d/2) turned by the angle of their position."""
-    cos, sin = table[:, : x.shape[2]]
+def rotate(x: Tensor, table: Tensor, start: int = 0) -> Tensor:
+    """Rotary positions start, start + 1, ...: x [B, H, T, d], pairs (i, i + d/2) turned by the angle of their position."""
+    cos, sin = table[:, start : start + x.shape[2]]
     a, b = x.to(torch.float32).chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+class Past:
+    """A cache for one block: keys and values [B, KV, seq_len, d] in the compute dtype, the first `length` of them known."""
+
+    def __init__(self, c: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device):
+        self.k, self.v = torch.zeros(2, batch, c.kv_heads, c.seq_len, c.head_dim, dtype=dtype, device=device)
+        self.length = 0
+
+    def add(self, k: Tensor, v: Tensor) -> None:
+        """k, v [B, KV, T, d] of the next T positions. Raises ValueError beyond seq_len."""
+        here = slice(self.length, self.length + k.shape[2])
+        if here.stop > self.k.shape[2]:
+            raise ValueError(f"a cache of {self.k.shape[2]} positions holds {self.length}, and {k.shape[2]} more were given")
+        self.k[:, :, here], self.v[:, :, here], self.length = k, v, here.stop
 
 
 class Attention(nn.Module):
@@ -82,16 +103,23 @@ class Attention(nn.Module):
         self.out = Linear(c.heads * c.head_dim, c.d_model)
         self.scores = Site("scores")
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, past: Past | None = None) -> Tensor:
         B, T, _ = x.shape
+        start = past.length if past else 0
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H + 2 KV, T, d]
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k = rotate(q, rope, start), rotate(k, rope, start)
+        if past:
+            past.add(k, v)
+            known = past.length if self.scores.spec is None else None  # blocks of scores span all positions
+            k, v = past.k[:, :, :known], past.v[:, :, :known]
         if self.scores.spec is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+            seen = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(start) if start else None
+            gqa = self.heads != self.kv_heads
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=gqa)
         else:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
-            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+            future = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).triu(start + 1)
             scores = (q @ k.mT * self.head_dim**-0.5).masked_fill(future, 0)  # before a block's scale could see the future
             scores = self.scores(scores).to(torch.float32)
             y = scores.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v
@@ -120,13 +148,14 @@ class Block(nn.Module):
         self.ffn_norm, self.ffn = RMSNorm(c.d_model, c.norm_eps), FeedForward(c)
         self.residual = Site("residual")
 
-    def forward(self, h: Tensor, rope: Tensor) -> Tensor:
-        h = self.residual(h + self.attn(self.attn_norm(h), rope))
+    def forward(self, h: Tensor, rope: Tensor, past: Past | None = None) -> Tensor:
+        h = self.residual(h + self.attn(self.attn_norm(h), rope, past))
         return self.residual(h + self.ffn(self.ffn_norm(h)))
 
 
 class GPT(nn.Module):
-    """GPT(config)(tokens int64 [B, T], T <= seq_len) -> logits [B, T, V] in the compute dtype.
+    """GPT(config)(tokens int64 [B, T], T <= seq_len) -> logits [B, T, V] in the compute dtype; with `cache()` of the tokens
+    before, tokens are the T after these, and the cache then knows them too.
 
     `recompute`: keep only the input of each block and run it again in backward; noise and formats replay exactly,
     since they are functions of the position in the run, not of a generator.
@@ -155,14 +184,18 @@ class GPT(nn.Module):
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
         return self
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: list[Past] | None = None) -> Tensor:
         h = self.embedding(tokens).to(self.dtype)
-        for block in self.blocks:
+        for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             if self.recompute and torch.is_grad_enabled():
                 h = checkpoint(block, h, self.rope, use_reentrant=False, preserve_rng_state=False)
             else:
-                h = block(h, self.rope)
+                h = block(h, self.rope, past)
         return self.head(self.norm(h))
+
+    def cache(self, batch: int = 1) -> list[Past]:
+        """One for each block, empty: 2 blocks KV seq_len d numbers a sequence."""
+        return [Past(self.config, batch, self.dtype, self.norm.weight.device) for _ in self.blocks]
 
     def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats, in fp32: a mean, or with reduction="none" one number a token [B T]."""
@@ -170,26 +203,61 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1), reduction=reduction)
 
     @torch.no_grad()
-    def sample(self, tokens: list[int], count: int, temperature: float = 0.8, seed: int = 0) -> list[int]:
-        """`tokens` continued by `count` more, drawn with a generator of its own; temperature 0 takes the likeliest.
+    def decode(self, prompts: Tensor) -> Generator[Tensor, Tensor, None]:
+        """Logits [B, V] of what follows prompts int64 [B, P >= 1]; send(tokens [B]) what was taken, and it yields the next.
 
-        Without a cache: each token costs a forward pass over the last seq_len tokens, padded at the end to seq_len (so
-        that rows stay a multiple of every block; causal attention cannot see the padding).
+        Each token costs a pass over itself alone. When the cache is full, at seq_len, it is filled anew with the last
+        seq_len / 2 tokens, so that a window never has fewer and a pass over many is rare; of a longer prompt the last seq_len
+        count.
         """
-        T, device = self.config.seq_len, self.norm.weight.device
-        generator = torch.Generator().manual_seed(seed)
-        tokens = list(tokens)
-        if not tokens:
+        T = self.config.seq_len
+        window = new = prompts[:, -T:]
+        cache = self.cache(len(prompts))
+        while True:
+            tokens = yield self(new, cache)[:, -1]
+            window = torch.cat([window, tokens[:, None]], 1)
+            new = window[:, -1:]
+            if cache[0].length == T:
+                window = new = window[:, -(T // 2) :]
+                cache = self.cache(len(prompts))
+
+    def sample(
+        self,
+        tokens: list[int],
+        count: int,
+        temperature: float = 0.8,
+        seed: int = 0,
+        top_p: float = 1.0,
+        end: int | None = None,
+    ) -> list[int]:
+        """`tokens` continued by `count` more, drawn with a generator of its own; temperature 0 takes the likeliest. Drawn are
+        only the likeliest tokens whose probabilities sum to `top_p` (arXiv:1904.09751, section 3.1). The token `end` ends the
+        text, and is not part of it. `decode` says what a step sees. Raises ValueError without tokens.
+        """
+        generator, training = torch.Generator().manual_seed(seed), self.training
+        if not (tokens := list(tokens)):
             raise ValueError("nothing to continue: expected at least one token, e.g. that of the beginning of a document")
+        device, sent = self.norm.weight.device, None
+        steps = self.eval().decode(torch.tensor([tokens], device=device))
         for _ in range(count):
-            window = tokens[-T:]
-            padded = torch.tensor([window + [0] * (T - len(window))], device=device)
-            logits = self(padded)[0, len(window) - 1].float().cpu()
-            if temperature == 0:
-                tokens.append(int(logits.argmax()))
-            else:
-                tokens.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
+            token = draw(steps.send(sent)[0].float().cpu(), temperature, top_p, generator)
+            if token == end:
+                break
+            tokens.append(token)
+            sent = torch.tensor([token], device=device)
+        self.train(training)
         return tokens
+
+
+def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """A token from logits fp32 [V], as `GPT.sample` says."""
+    if temperature == 0:
+        return int(logits.argmax())
+    p = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, order = p.sort(descending=True, stable=True)
+        p[order[ordered.cumsum(0) - ordered >= top_p]] = 0  # those before it suffice
+    return int(torch.multinomial(p, 1, generator=generator))
 
 
 @torch.no_grad()

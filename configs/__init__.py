@@ -187,12 +187,12 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
     try:
         content = _plain(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        found = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        hint = f"; did you mean {path.parent / found[0]}?" if found else ""
         what = "no such file" if path.suffix else "neither a config, which ends in .toml, nor a run folder that is there"
         raise ValueError(f"{place}: {what}{hint}") from None
     except IsADirectoryError:
-        inside = _near("", sorted(p.name for p in path.glob("*.toml")))
+        inside = near("", sorted(p.name for p in path.glob("*.toml")))
         raise ValueError(f"{place}: a folder, expected a TOML file{inside}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{place}: not a TOML file: {error}") from None
@@ -269,7 +269,7 @@ def _override(raw: dict, text: str) -> dict:
             if isinstance(node, list):
                 named = {str(rule["name"]): rule for rule in node if isinstance(rule, dict) and rule.get("name")}
             if part not in named:
-                raise ValueError(f"override {text!r}: no {kind} is named {part!r}{_near(part, named)}")
+                raise ValueError(f"override {text!r}: no {kind} is named {part!r}{near(part, named)}")
             child = named[part]
         elif kind == "recipe" and depth == 4 and ".".join(path[2:4]) in OPERANDS and part not in node:
             raise ValueError(
@@ -302,13 +302,13 @@ def _parse(raw: dict) -> tuple[Config | None, dict[str, str]]:
         if name in seen:
             problems[f"{place}: specs {' -> '.join((*seen, name))} are like each other"] = ""
         elif name not in list(specs):
-            problems[f"{place}: no spec is named {name!r}"] = _near(name, specs)
+            problems[f"{place}: no spec is named {name!r}"] = near(name, specs)
         else:
             return _merge(spec(specs[name], f"specs.{name}", (*seen, name)), rest)
         return rest
 
     if "source" in raw:
-        problems["source: unknown key 'source'"] = _near("source", _valid_keys([]))
+        problems["source: unknown key 'source'"] = near("source", _valid_keys([]))
     if isinstance(specs, dict):
         for table, key, place in _spec_places(raw):
             table[key] = spec(table[key], place, (place.split(".")[1],) if place.startswith("specs.") else ())
@@ -324,11 +324,11 @@ def _parse(raw: dict) -> tuple[Config | None, dict[str, str]]:
     return None if problems else config, problems
 
 
-def _near(word: Any, choices: Iterable, otherwise: bool = True) -> str:
+def near(word: Any, choices: Iterable, otherwise: bool = True) -> str:
     """A hint: the nearest of the choices, or else all of them."""
     choices = list(map(str, choices))
-    if near := difflib.get_close_matches(str(word), choices, n=1, cutoff=0.4):
-        return f"; did you mean {near[0]!r}?"
+    if found := difflib.get_close_matches(str(word), choices, n=1, cutoff=0.4):
+        return f"; did you mean {found[0]!r}?"
     return f"; there are {', '.join(map(repr, choices)) or 'none'}" if otherwise else ""
 
 
@@ -343,7 +343,7 @@ def _explain(error: Any) -> tuple[str, str]:
     else:
         key = ".".join(path)
     if kind == "unexpected_keyword_argument":
-        return f"{key}: unknown key {path[-1]!r}", _near(path[-1], _valid_keys(place[:-1]))
+        return f"{key}: unknown key {path[-1]!r}", near(path[-1], _valid_keys(place[:-1]))
     if kind == "missing":
         return f"{key}: this key is required", ""
     if any(part.startswith(("literal[", "tuple[")) for part in path):
@@ -354,7 +354,7 @@ def _explain(error: Any) -> tuple[str, str]:
         return f"{key}: {message}", ""
     for wrong, right in (("an object", "a table"), ("dictionary", "table"), ("array", "list"), ("tuple", "list")):
         message = message.replace(wrong, right)  # TOML's words
-    hint = _near(got, re.findall("'(.*?)'", error["ctx"]["expected"]), otherwise=False) if kind == "literal_error" else ""
+    hint = near(got, re.findall("'(.*?)'", error["ctx"]["expected"]), otherwise=False) if kind == "literal_error" else ""
     return f"{key}: {message[0].lower()}{message[1:]}, got {got!r}", hint
 
 

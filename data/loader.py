@@ -109,6 +109,14 @@ class Corpus:
         for start in range(0, count, batch_size):
             yield self._read("val", windows[start : start + batch_size], seq_len)
 
+    def documents(self, split: str) -> Iterator[np.ndarray]:
+        """The documents of "train" or "val", in order: token ids, without BOS."""
+        self.tokens(split)  # raises if there is no such split
+        tokens = np.concatenate(self._shards[split])
+        for document in np.split(tokens, np.flatnonzero(tokens == self.tokenizer.bos)):
+            if len(document) > 1:
+                yield document[1:].astype(np.int64)
+
     def _windows(self, split: str, seq_len: int) -> int:
         n = (self.tokens(split) - 1) // seq_len if seq_len > 0 else 0
         if n < 1:

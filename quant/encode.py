@@ -194,6 +194,12 @@ def check(shape, spec: QuantSpec | Choice, what: str = "operand") -> None:
             )
 
 
+def filled(x: Tensor, spec: QuantSpec | Choice) -> Tensor:
+    """x [R, K] with rows of zeros below it, as many as its blocks need: they change no amax, and no code of the others."""
+    short = -len(x) % spec.multiple[0]
+    return torch.nn.functional.pad(x, (0, 0, 0, short)) if short else x
+
+
 def transform(x: Tensor, size: int, s: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """x [R, K] after a Hadamard transform of `size` along K with signs s [size], in `dtype` (transform.py)."""
     m, transposed = in_memory(x)

@@ -33,7 +33,7 @@ from quant import kernel
 from quant.choice import Choice, Spec
 from quant.choose import choose
 from quant.context import Context, Decision
-from quant.encode import check, rotated, transform, unclipped
+from quant.encode import check, filled, rotated, transform, unclipped
 from quant.gemm import Operand, gemm, pick
 from quant.memory import WHOSE, Copies, checksum, decision, empty, gathered, settled
 from quant.metrics import operand_stats
@@ -51,7 +51,10 @@ GEMMS = "fprop", "dgrad", "wgrad"
 
 
 class Linear(nn.Linear):
-    """weight [O, I]: the fp32 master. x [..., I] -> [..., O] in x's dtype. No bias (raises ValueError)."""
+    """weight [O, I]: the fp32 master. x [..., I] -> [..., O] in x's dtype. No bias (raises ValueError).
+
+    Raises ValueError in training if x cannot be cut into blocks; in an evaluation (`eval()`), where a prompt may have any
+    length, rows of zeros fill up what is short of a block's rows."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, **kw):
         if bias:
@@ -81,8 +84,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.recipe is None and self.context.tap is None:
             return linear(x, self._copy(x.dtype))
-        rows = x.reshape(-1, x.shape[-1])
-        return _Quantized.apply(rows, self.weight, self).view(*x.shape[:-1], -1)
+        rows, spec = x.reshape(-1, x.shape[-1]), self.recipe and self.recipe.fprop.x
+        count, weight = len(rows), self.weight if torch.is_grad_enabled() else self.weight.detach()  # (no wgrad to keep x for)
+        if spec and not self.training:
+            rows = filled(rows, spec)
+        return _Quantized.apply(rows, weight, self)[:count].view(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         text = f"{self.in_features} -> {self.out_features}"
