@@ -255,6 +255,8 @@ def export(run: str, form: str, layout: str, out: Path | None, windows: int, sha
         if map_of_choices:
             save_file(map_of_choices, place / OURS / "mor.safetensors", metadata=candidates)
         save_torch_state_dict(tensors, place, max_shard_size=shard, metadata={"format": "pt"})
+        for file in place.rglob("*.safetensors"):
+            shutil.copymode(place / "config.json", file)  # (safetensors writes files that nobody else may read)
         lines += [f"{OURS}/mor.safetensors: which format each block of each matrix had"] * bool(map_of_choices)
         (place / "README.md").write_text(card(loaded, form, layout, lines, origin), encoding="utf-8")
     return out

@@ -398,6 +398,7 @@ def test_the_card_and_its_snippet(run, tmp_path, monkeypatch, capsys):
         "self_attn.v_proj, which are one matrix in narrow: trained in e2m1/16x16; nvfp4 here, the codes of training",
     ):
         assert part in said, part
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     (snippet,) = re.findall(r"```python\n(.*?)```", said, re.S)
     monkeypatch.chdir(out)
     transformers.set_seed(0)
