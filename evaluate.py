@@ -40,7 +40,7 @@ from data import Corpus, prepare
 from evaluation import draw
 from evaluation.rows import Row, keep, row, shown, written
 from evaluation.specs import named
-from evaluation.sweep import Result, chosen, line, sweep, under
+from evaluation.sweep import chosen, line, sweep, under
 from model import GPT
 from quant import Recipe
 from quant.policy import unquantized
@@ -159,19 +159,21 @@ def compared(tables: list[Table], plot: Path) -> None:
 
 
 def swept(table: Table, model: GPT, corpus: Corpus, args) -> None:
-    """The table of a sweep over the weights of `model`, and its picture."""
-    candidates, base = chosen(args.only), table.rows["bf16"]
+    """The table of a sweep over the weights of `model`, kept row by row, and the picture of all that is kept."""
+    candidates, base, path = chosen(args.only), table.rows["bf16"], table.folder / "sweep.json"
     width = max(len(c.name) for c in candidates) + 1
     print(f"\n{'sweep':{width}}{'bits/w':>7}{'error':>8}{'loss':>9}{'bits/byte':>10}{'difference to bf16':>20}  found")
-    results: list[Result] = []
-    for found in sweep(model, corpus, candidates, base, args.windows, args.calibrate, args.all):
-        results += [found] if isinstance(found, Result) else []
-        print(line(found, base, width) if isinstance(found, Result) else found, flush=True)
-    record = {"windows": args.windows, "calibration windows": args.calibrate, "bf16": base.record(base)}
-    path = table.folder / "sweep.json"
-    written(path, json.dumps(record | {found.name: found.record(base) for found in results}, indent=1))
-    picture = draw.bits_against_loss(results, base, f"{table.name}: bits of weights against loss")
-    print(f"written to {path} and {written(path.with_suffix('.png'), picture)}")
+    records = {"bf16": base.record(base)}
+    for found in sweep(model, corpus, candidates, args.windows, args.calibrate, args.all):
+        if isinstance(found, str):
+            print(found)
+            continue
+        print(line(found, base, width), flush=True)
+        records[found.name + " of stored codes" * args.stored] = found.record(base, args)
+        keep(path, args.windows, records)
+    if path.exists():
+        picture = draw.bits_against_loss(json.loads(path.read_text()), f"{table.name}: bits of weights against loss")
+        print(f"kept in {path}, with rows of earlier calls, and drawn: {written(path.with_suffix('.png'), picture)}")
 
 
 def main(argv: list[str]) -> int:
@@ -224,7 +226,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
-        print("\nevaluate.py: interrupted; tables that were printed are written", file=sys.stderr)
+        print("\nevaluate.py: interrupted; rows that were printed are kept", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)

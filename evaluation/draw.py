@@ -8,10 +8,11 @@ from collections import defaultdict
 from pathlib import Path
 
 from evaluation.rows import Row
-from evaluation.sweep import Result
+from evaluation.sweep import BLOCKS, CANDIDATES
 
 STYLES = {"as trained": "o-", "bf16": "x--"}
 MARKERS = "os^DvP*"
+BARS = {"bits": 1, "difference": 1, "standard_error": 2}  # what is drawn of a row of a sweep, and how many of it
 
 
 def _figure(width: float, height: float):
@@ -84,30 +85,30 @@ def side_by_side(rows: dict[str, dict[str, Row]], base: Row, alike: set[str]) ->
     return _png(figure)
 
 
-def bits_against_loss(results: list[Result], base: Row, title: str) -> bytes:
-    """Bits a parameter against the loss above `base`, a panel for each family; in grey the first family's lines."""
-    families: dict[str, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
-    for result in sorted(results, key=lambda result: result.bits):
-        families[result.family][result.series].append(result)
-    names = sorted(families, key=[result.family for result in results].index)
+def bits_against_loss(records: dict[str, dict], title: str) -> bytes:
+    """Rows of sweep.json by name: bits a parameter against the difference to BF16, a panel for each family; in grey the lines
+    of the first."""
+    families: dict[str, dict[str, list[tuple[str, dict]]]] = defaultdict(lambda: defaultdict(list))
+    order = [c.family for c in CANDIDATES]
+    for name, r in sorted(records.items(), key=lambda item: item[1].get("bits", 0) if isinstance(item[1], dict) else 0):
+        if isinstance(r, dict) and "family" in r:
+            families[r["family"]][r["series"]].append((name, r))
+    names = sorted(families, key=order.index)
     across = min(len(names), 3)
     figure = _figure(1 + 4 * across, 0.6 + 3.6 * -(-len(names) // across))
     panels = figure.subplots(-(-len(names) // across), across, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, family in zip(panels, names, strict=False):
-        if family != names[0]:
-            for members in families[names[0]].values():
-                if not members[0].labelled:
-                    axes.plot(
-                        [r.bits for r in members], [r.row.against(base)[0] for r in members], color="0.75", lw=1, zorder=1
-                    )
+        for series, members in families[names[0]].items() if family != names[0] else ():
+            if not series.startswith(BLOCKS):
+                axes.plot([r["bits"] for _, r in members], [r["difference"] for _, r in members], color="0.75", lw=1, zorder=1)
         for number, (series, members) in enumerate(families[family].items()):
-            gaps, labelled = [r.row.against(base) for r in members], members[0].labelled
+            x, y, bars = ([factor * r[key] for _, r in members] for key, factor in BARS.items())
+            labelled = series.startswith(BLOCKS)  # points with names, not a line
             style = dict(fmt=MARKERS[number % len(MARKERS)] + ("" if labelled else "-"), color=f"C{number}", ms=4, lw=0.9)
-            style |= dict(capsize=2, elinewidth=0.7, label=series)
-            axes.errorbar([r.bits for r in members], [v for v, _ in gaps], yerr=[2 * e for _, e in gaps], **style)
-            for i, (result, (gap, _)) in enumerate(zip(members, gaps, strict=True) if labelled else ()):
+            axes.errorbar(x, y, yerr=bars, capsize=2, elinewidth=0.7, label=series, **style)
+            for i, (name, r) in enumerate(members if labelled else ()):
                 away = (4, 4) if i % 2 else (4, -8)
-                axes.annotate(result.name, (result.bits, gap), away, textcoords="offset points", fontsize=6.5)
+                axes.annotate(name, (r["bits"], r["difference"]), away, textcoords="offset points", fontsize=6.5)
         axes.axhline(0, color="0.5", lw=0.8)
         axes.grid(alpha=0.3)
         axes.set_title(family, fontsize=10)

@@ -19,7 +19,8 @@ Ties go to the even code. `bits` are those of a parameter: codes, scales, and wh
 Where this is not its paper (facts of papers that could not be read here are from their public code or as others report them):
   * switched: the paper learns s while it trains all precisions together; here s is amax / 127 of a finished checkpoint.
   * clipped: the grid is 0.10, 0.11, ... 1.20 of amax, 111 values, as others have it of arXiv:2208.09225. LLM-FP4's code has 100
-    from 0.01 to 1.2 of b itself, which depends on the unit of w; and alternates with activations, which stay as they are here.
+    from 0.01 to 1.2 of b itself, which depends on the unit of w; it alternates with activations, which stay as they are here,
+    and shifts their exponents channel by channel, which is left out.
   * companded: NUPES also learns a and the codes by gradients; a comes from a grid of 0.05 here, as PowerQuant's from a search.
   * shifted: one Linear's output is compared, not that of attention or of the gated product; s and z are applied to x in front
     of each Linear, and are counted as stored, where the paper folds them into a norm; its threshold is also a fixed range of x.

@@ -162,20 +162,11 @@ class Result(NamedTuple):
     error: float | None  # ||w' - w|| / ||w||, over all; None where w' is not to be compared with w
     found: dict[str, list[float]]  # what was searched for: the least and the largest over Linears
 
-    @property
-    def labelled(self) -> bool:
-        """Drawn as a point with its name, not as one of a line."""
-        return self.series == BLOCKS
-
-    def record(self, base: Row) -> dict:
-        return {
-            "family": self.family,
-            "series": self.series,
-            "bits": self.bits,
-            **self.row.record(base),
-            "error": self.error,
-            "found": self.found,
-        }
+    def record(self, base: Row, args) -> dict:
+        """args: of the command, what else the row depends on."""
+        what = {"family": self.family, "series": self.series + ", of stored codes" * args.stored, "bits": self.bits}
+        given = {"calibration windows": args.calibrate, "all Linears": args.all}
+        return what | self.row.record(base) | {"error": self.error, "found": self.found} | given
 
 
 def one(model: GPT, modules: dict[str, Linear], x: dict[str, Tensor], candidate: Candidate, corpus: Corpus, windows: int):
@@ -216,9 +207,9 @@ def line(result: Result, base: Row, width: int) -> str:
 
 
 def sweep(
-    model: GPT, corpus: Corpus, candidates: list[Candidate], base: Row, windows: int, calibrate: int, everything: bool
+    model: GPT, corpus: Corpus, candidates: list[Candidate], windows: int, calibrate: int, everything: bool
 ) -> Iterator[Result | str]:
-    """A Result of each candidate, or a line about why there is none. `base`: the row "bf16"."""
+    """A Result of each candidate, or a line about why there is none."""
     modules = targets(model, everything)
     x = calibration(model, modules, corpus, calibrate)
     for candidate in candidates:

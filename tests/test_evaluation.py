@@ -62,6 +62,8 @@ def test_switching_to_eight_bits_changes_nothing():
         found = switched(w, w, 8, block)
         assert_same_bits(found.weight, plain.dequantize())
         assert found.bits == element_bits(plain.spec, *w.shape) == switched(w, w, 3, block).bits + 5
+        stored = switched(plain.dequantize(), w, 3, block).weight  # the same codes; scales twice rounded once more
+        assert torch.allclose(stored, switched(w, w, 3, block).weight, rtol=2.0**-21, atol=0)
 
 
 @pytest.mark.parametrize("block", [ROWS, GROUPS], ids=str)
@@ -377,6 +379,9 @@ def test_a_sweep(run, capsys, monkeypatch):
     assert found["w8 x8, OS+"]["error"] is None and found["w8 x8, OS+"]["found"]["t"][1] <= 1
     assert found["bf16"]["loss"] == found_in(step)["bf16"]["loss"] and found["int4"]["loss"] != found["bf16"]["loss"]
     assert "int8 to int4" in out and (step / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert judged(run, "--sweep", "--stored", "--only", "int3") == 0
+    again = json.loads((step / "sweep.json").read_text())
+    assert again == found | {"int3 of stored codes": again["int3 of stored codes"]}, "rows of the same table stay"
     rows_of = {128: 4 + 32 / 128, 256: 4 + 32 / 256}  # rows of int4: by their length
     assert rows_of[256] < found["int4"]["bits"] < rows_of[128]
 
@@ -391,7 +396,7 @@ def test_what_cannot_be_cut_is_left_out_of_a_sweep(small, tmp_path):
         def batch(*_):
             return (torch.zeros(1, 32, dtype=torch.int64),) * 2
 
-    (said,) = sweeps.sweep(model, Corpus, sweeps.chosen(["int4-128"]), None, 2, 1, False)
+    (said,) = sweeps.sweep(model, Corpus, sweeps.chosen(["int4-128"]), 2, 1, False)
     assert said.startswith("int4-128 is left out: ") and "128" in said
 
 
