@@ -79,6 +79,11 @@ class Table(NamedTuple):
         return f"{self.folder.parent.name} {self.step}"
 
 
+def whose(args) -> str:
+    """What is said of a row that is not of masters, or not of the Linears that the run quantises."""
+    return " of stored codes" * args.stored + " in all Linears" * args.all
+
+
 def given(args, folder: Path) -> tuple[str, Recipe] | None:
     """What --weights and --activations say of a checkpoint: the name of the row, and a recipe. Raises ValueError."""
     texts = {"w": args.weights, "x": args.activations}
@@ -86,7 +91,7 @@ def given(args, folder: Path) -> tuple[str, Recipe] | None:
     specs = {o: named(text, options[o], folder.parent / "config.toml") for o, text in texts.items() if text}
     words = [f"{o} {spec.short() if texts[o].lstrip().startswith('{') else texts[o]}" for o, spec in specs.items()]
     try:
-        return (", ".join(words) + " of stored codes" * args.stored, Recipe(Fprop(**specs))) if specs else None
+        return (", ".join(words) + whose(args), Recipe(Fprop(**specs))) if specs else None
     except ValidationError as error:
         raise ValueError(f"--weights, --activations: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
@@ -169,7 +174,7 @@ def swept(table: Table, model: GPT, corpus: Corpus, args) -> None:
             print(found)
             continue
         print(line(found, base, width), flush=True)
-        records[found.name + " of stored codes" * args.stored] = found.record(base, args)
+        records[found.name + whose(args)] = found.record(base, args.calibrate, whose(args))
         keep(path, args.windows, records)
     if path.exists():
         picture = draw.bits_against_loss(json.loads(path.read_text()), f"{table.name}: bits of weights against loss")

@@ -89,10 +89,11 @@ def bits_against_loss(records: dict[str, dict], title: str) -> bytes:
     """Rows of sweep.json by name: bits a parameter against the difference to BF16, a panel for each family; in grey the lines
     of the first."""
     families: dict[str, dict[str, list[tuple[str, dict]]]] = defaultdict(lambda: defaultdict(list))
-    order = [c.family for c in CANDIDATES]
+    order, drawn = [c.family for c in CANDIDATES], []
     for name, r in sorted(records.items(), key=lambda item: item[1].get("bits", 0) if isinstance(item[1], dict) else 0):
         if isinstance(r, dict) and "family" in r:
             families[r["family"]][r["series"]].append((name, r))
+            drawn.append(r)
     names = sorted(families, key=order.index)
     across = min(len(names), 3)
     figure = _figure(1 + 4 * across, 0.6 + 3.6 * -(-len(names) // across))
@@ -107,8 +108,9 @@ def bits_against_loss(records: dict[str, dict], title: str) -> bytes:
             style = dict(fmt=MARKERS[number % len(MARKERS)] + ("" if labelled else "-"), color=f"C{number}", ms=4, lw=0.9)
             axes.errorbar(x, y, yerr=bars, capsize=2, elinewidth=0.7, label=series, **style)
             for i, (name, r) in enumerate(members if labelled else ()):
-                away = (4, 4) if i % 2 else (4, -8)
-                axes.annotate(name, (r["bits"], r["difference"]), away, textcoords="offset points", fontsize=6.5)
+                if r["bits"] < 7:  # (above, all of them are one heap)
+                    away = (5, 4 if i % 2 else -8)
+                    axes.annotate(name, (r["bits"], r["difference"]), away, textcoords="offset points", fontsize=6.5)
         axes.axhline(0, color="0.5", lw=0.8)
         axes.grid(alpha=0.3)
         axes.set_title(family, fontsize=10)
@@ -116,6 +118,7 @@ def bits_against_loss(records: dict[str, dict], title: str) -> bytes:
     for axes in panels[len(names) :]:
         axes.axis("off")
     panels[0].set_yscale("symlog", linthresh=1e-3)
+    panels[0].set_ylim(bottom=min(-1e-3, *(1.1 * (r["difference"] - 2 * r["standard_error"]) for r in drawn)))
     figure.supxlabel("bits a quantised parameter, scales included", fontsize=9)
     figure.supylabel("loss − that of BF16 (nats/token)", fontsize=9)
     figure.suptitle(title, fontsize=11)

@@ -26,7 +26,7 @@ Where this is not its paper (facts of papers that could not be read here are fro
     of each Linear, and are counted as stored, where the paper folds them into a norm; its threshold is also a fixed range of x.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -98,11 +98,11 @@ def ranged(spec: QuantSpec, factor: float) -> QuantSpec:
     return replace(spec, scale=replace(s, target=target if factor == 1 else target / factor, outer_target=outer))
 
 
-def clipped(w: Tensor, x: Tensor, specs: Iterable[QuantSpec], by: str = "weights") -> Coded:
-    """The best of `specs`. by: "weights", or "outputs", for scales that span whole rows."""
+def clipped(w: Tensor, x: Tensor, specs: Sequence[QuantSpec], by: str = "weights") -> Coded:
+    """The best of `specs`, whose exponent bits are E. by: "weights", or "outputs", for scales that span whole rows."""
     gram = x.to(torch.float32).t() @ x.to(torch.float32) if by == "outputs" else None
     best: tuple[float, Coded] | None = None
-    for number, spec in enumerate(specs):
+    for spec in specs:
         b0, b1 = spec.blocks_of(*w.shape)
         if by == "outputs" and (b0, b1) != (1, w.shape[1]):
             raise ValueError(f"clipped by outputs: expected scales of whole rows, block [1, -1], not {list(spec.block)}")
@@ -127,7 +127,7 @@ def clipped(w: Tensor, x: Tensor, specs: Iterable[QuantSpec], by: str = "weights
         if float(error.sum()) > total:
             found, error, factors = plain, errors(plain), torch.ones_like(factors)
         if best is None or float(error.sum()) < best[0]:
-            which = {"spec": float(number)} if number else {}
+            which = {"E": float(getattr(spec.element, "exponent_bits", 0))} if len(specs) > 1 else {}
             best = float(error.sum()), Coded(found, element_bits(spec, *w.shape), {"factor": float(factors.mean())} | which)
     return best[1]
 

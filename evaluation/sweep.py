@@ -162,11 +162,10 @@ class Result(NamedTuple):
     error: float | None  # ||w' - w|| / ||w||, over all; None where w' is not to be compared with w
     found: dict[str, list[float]]  # what was searched for: the least and the largest over Linears
 
-    def record(self, base: Row, args) -> dict:
-        """args: of the command, what else the row depends on."""
-        what = {"family": self.family, "series": self.series + ", of stored codes" * args.stored, "bits": self.bits}
-        given = {"calibration windows": args.calibrate, "all Linears": args.all}
-        return what | self.row.record(base) | {"error": self.error, "found": self.found} | given
+    def record(self, base: Row, calibrate: int, whose: str) -> dict:
+        """whose: of what, if not of the masters of the Linears that the run quantises."""
+        what = {"family": self.family, "series": self.series + whose, "bits": self.bits, **self.row.record(base)}
+        return what | {"error": self.error, "found": self.found, "calibration windows": calibrate}
 
 
 def one(model: GPT, modules: dict[str, Linear], x: dict[str, Tensor], candidate: Candidate, corpus: Corpus, windows: int):

@@ -143,7 +143,7 @@ def test_the_format_is_searched_for_too():
     candidates = [QuantSpec(name, ROWS, Scale("fp32")) for name in ("e3m0", "e1m2", "e2m1")]
     each = [gap(clipped(w, w, [spec]).weight, w) for spec in candidates]
     found = clipped(w, w, candidates)
-    assert gap(found.weight, w) == min(each) and found.found.get("spec", 0) == each.index(min(each))
+    assert gap(found.weight, w) == min(each) and found.found["E"] == (3, 1, 2)[each.index(min(each))]
 
 
 def test_shift_and_scale_change_nothing_without_quantisation():
@@ -310,7 +310,7 @@ def test_the_recipe_of_training_gives_the_row_as_trained(run):
     assert judged(run, "--weights", "nv2d", "--activations", "nv") == 0
     assert judged(run, "--weights", "nvfp4", "--activations", "mxfp8", "--all") == 0
     found = found_in(step)
-    assert found["w nv2d, x nv"] == found["as trained"] == found["stored codes"] != found["w nvfp4, x mxfp8"]
+    assert found["w nv2d, x nv"] == found["as trained"] == found["stored codes"] != found["w nvfp4, x mxfp8 in all Linears"]
     assert evaluate.main([str(run), "--windows", "5"]) == 0
     assert set(found_in(step)) == {"windows", "as trained", "stored codes", "bf16"}
 
