@@ -47,7 +47,7 @@ search: $(ready) ## a policy from measured errors: RUN=config, run or checkpoint
 	$(if $(RUN),,$(error make search needs RUN=..., a config, a run folder or a checkpoint))
 	$(py) search.py $(RUN) $(ARGS)
 
-eval: run-given $(ready) ## evaluate a run or one of its checkpoints: RUN=out/NAME [ARGS=...]
+eval: run-given $(ready) ## evaluate checkpoints, compare several: RUN="out/A out/B" [ARGS="--weights nvfp4 --sweep ..."]
 	$(py) evaluate.py $(RUN) $(ARGS)
 
 inspect: $(ready) ## what a checkpoint holds, and how far another is from it: STEP=out/NAME[/step_N] [OTHER=...]

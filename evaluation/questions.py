@@ -12,7 +12,7 @@ CORE are asked: trained (as the policy quantises), stored (from quantized.safete
 import json
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import checkpoint
 from checkpoint import Loaded
 from configs import near
 from data import Corpus, prepare
+from evaluation.rows import written
 from model import GPT
 from quant.policy import unquantized
 
@@ -75,13 +76,15 @@ def numbers(option: str, text: str) -> list[int]:
     return [int(n) for n in found]
 
 
-def answer(args: Namespace, loaded: Loaded) -> bool:
-    """Answer whatever is asked; False if it is the table alone."""
-    asked = [ask for wanted, ask in ((args.sample, sample), (args.tasks, tasks), (args.core_bundle, core)) if wanted]
-    asked += [reproduced] * args.reproduce
-    for ask in asked:
+def asked(args: Namespace) -> list[Callable[[Namespace, Loaded], None]]:
+    """What is asked; nothing if it is the table alone."""
+    all_ = (args.sample, sample), (args.tasks, tasks), (args.core_bundle, core), (args.reproduce, reproduced)
+    return [ask for wanted, ask in all_ if wanted]
+
+
+def answer(args: Namespace, loaded: Loaded) -> None:
+    for ask in asked(args):
         ask(args, loaded)
-    return bool(asked)
 
 
 def models(args: Namespace, loaded: Loaded) -> Iterator[tuple[str, GPT]]:
@@ -93,9 +96,7 @@ def models(args: Namespace, loaded: Loaded) -> Iterator[tuple[str, GPT]]:
 
 
 def write(loaded: Loaded, name: str, found: dict) -> None:
-    path = loaded.folder / name
-    path.write_text(json.dumps({"step": loaded.state["step"], **found}, indent=1))
-    print(f"written to {path}")
+    print(f"written to {written(loaded.folder / name, json.dumps({'step': loaded.state['step'], **found}, indent=1))}")
 
 
 def corpus_of(loaded: Loaded) -> Corpus:

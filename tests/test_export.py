@@ -185,6 +185,7 @@ def test_inputs_are_scaled_by_what_training_has_seen(run, small, tmp_path, capsy
     manifest.write_text(
         manifest.read_text().replace(checkpoint.sha256(checkpoint.find(run) / "state.json"), checkpoint.sha256(state))
     )
+    state.with_name("COMPLETE").write_text(checkpoint.sha256(manifest))
     out = export.export(old, "nvfp4", "compressed-tensors", tmp_path / "y", 2)
     assert "over 2 windows of the training set" in (out / "README.md").read_text()
     assert "scales of activations are of the largest inputs over 2 windows" in capsys.readouterr().out
@@ -510,10 +511,10 @@ def test_steps_that_cannot_be_exported(run, tmp_path):
     step, out = checkpoint.find(run), tmp_path / "out"
     code, said = command("export.py", tmp_path / "nothing", "--out", out)
     assert code == 2 and said == f"export.py: {tmp_path / 'nothing'}: neither a checkpoint nor a run folder with a complete one"
-    for name, what in (("COMPLETE", "was never completed"), ("model.safetensors", "is missing"), ("config", "")):
+    for name, what in (("COMPLETE", "was never completed"), ("model.safetensors", "is missing"), ("config.toml", "is missing")):
         shutil.copytree(run, copy := tmp_path / f"copy-{name}")
-        ((copy / step.name / name) if what else copy / "config.toml").unlink()
-        with pytest.raises(ValueError, match=what or "config.toml: no such file"):
+        (copy / step.name / name).unlink()
+        with pytest.raises(ValueError, match=what):
             export.export(copy / step.name, "bf16", "compressed-tensors", out, 1)
     shutil.copytree(run, copy := tmp_path / "flipped")
     bits = bytearray((copy / step.name / "model.safetensors").read_bytes())
