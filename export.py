@@ -251,7 +251,7 @@ def export(run: str, form: str, layout: str, out: Path | None, windows: int, sha
             (place / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
             (place / "tokenizer_config.json").write_text(tokenizer_config(tokenizer, c.seq_len))
             shutil.copyfile(tokenizer.path, place / OURS / "tokenizer.model")
-        shutil.copyfile(loaded.folder.parent / "config.toml", place / OURS / "config.toml")
+        shutil.copyfile(checkpoint.config_file(loaded.folder), place / OURS / "config.toml")
         if map_of_choices:
             save_file(map_of_choices, place / OURS / "mor.safetensors", metadata=candidates)
         save_torch_state_dict(tensors, place, max_shard_size=shard, metadata={"format": "pt"})

@@ -166,7 +166,7 @@ class Captures:
         if not self.folders and not 1 <= self.at[0] <= self.at[-1] <= steps:
             raise ValueError(f"--at {' '.join(map(str, self.at))}: expected steps from 1 to train.steps = {steps}")
         self.last = False  # whether the capture is the last one
-        self.source = self.folders[0].parent / "config.toml" if self.folders else run
+        self.source = checkpoint.config_file(self.folders[0]) if self.folders else run
         if self.config.train.recompute or self.config.train.compile == "model":
             print(f"search: {run} without train.recompute and with train.compile=quantiser, to see each GEMM once")
         once = replace(self.config.train, recompute=False, compile="quantiser")  # each GEMM once, where it can be seen
