@@ -16,7 +16,7 @@ import evaluate
 import train
 from configs import dump, load
 from configs.table import element_bits
-from evaluation import posttrain, rows, specs
+from evaluation import posttrain, questions, rows, specs
 from evaluation import sweep as sweeps
 from evaluation.posttrain import Coded, clipped, compand, companded, nearest, ranged, shifted, switch, switched
 from model import GPT, ModelConfig, measure
@@ -294,7 +294,7 @@ def found_in(step) -> dict:
 
 def test_a_row_is_the_measure_of_its_windows(run):
     loaded = checkpoint.load_model(run)
-    corpus = evaluate.Corpus(evaluate.prepare(loaded.config.data, quiet=True))
+    corpus = questions.corpus_of(loaded)
     found = rows.row(loaded.model, corpus, 4)
     table = torch.as_tensor(corpus.tokenizer.bytes_per_token)
     expected = measure(loaded.model, corpus.val_batches(1, 64, 4), table)
@@ -336,7 +336,7 @@ def test_stored_values_stand_in_for_masters(run):
     """In the compute dtype they are a packed model that quantises nothing; and quantised again as before, nearly themselves."""
     assert judged(run, "--stored", "--weights", "bf16") == 0
     packed = checkpoint.load_model(run, "quantized")
-    corpus = evaluate.Corpus(evaluate.prepare(packed.config.data, quiet=True))
+    corpus = questions.corpus_of(packed)
     with unquantized(packed.model):
         expected = rows.row(packed.model, corpus, 4)
     found = found_in(checkpoint.find(run))
