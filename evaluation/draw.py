@@ -122,4 +122,4 @@ def bits_against_loss(records: dict[str, dict], title: str) -> bytes:
     figure.supxlabel("bits a quantised parameter, scales included", fontsize=9)
     figure.supylabel("loss − that of BF16 (nats/token)", fontsize=9)
     figure.suptitle(title, fontsize=11)
-    return _png(figure, 75)
+    return _png(figure, 90)
