@@ -413,7 +413,7 @@ def test_what_cannot_be_cut_is_left_out_of_a_sweep(small, tmp_path):
         (["RUN", "--weights", '{ like = "nv", hadamard = 16 }'], "both operands of a GEMM must be rotated alike"),
         (["OTHER", "--stored", "--weights", "nvfp4"], "has no quantized.safetensors"),
         (["RUN", "--sweep", "--only", "int9"], "--only 'int9' matches no candidate"),
-        (["RUN", "OTHER", "--sample", "x"], "--sample and --exported are of one checkpoint, not of 2"),
+        (["RUN", "OTHER", "--sample", "x"], "--exported and questions other than the table are of one checkpoint, not of 2"),
         (["RUN", "OTHER", "--plot", "x.pdf"], "--plot x.pdf: expected a name that ends in .png"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
