@@ -2,7 +2,9 @@
 
     out/NAME/step_000100/   model.safetensors      fp32 masters, by parameter name: the truth
                                                    and the amaxes that delayed scaling remembers
-                            optimizer.safetensors  exp_avg.NAME, exp_avg_sq.NAME: fp32; compensation.NAME under Kahan's update
+                            optimizer.safetensors  exp_avg.NAME, exp_avg_sq.NAME: fp32, or codes and scales
+                                                   (quant/moments.py; their specs in the metadata); compensation.NAME
+                                                   under Kahan's update
                             quantized.safetensors  all that a forward pass needs: codes, scales and global scales of every
                                                    quantised weight, as training used them, other matrices in the compute
                                                    dtype; specs, config and state in the metadata, so that it stands alone
@@ -41,6 +43,7 @@ from quant import QTensor, WeightStore, assign, assign_sites, attach
 from quant.context import Context
 from quant.linear import linears
 from quant.mixed import Mixed, from_state
+from quant.moments import NAMES, AdamW
 
 VERSION = 2  # 1 had no config.toml and an empty COMPLETE
 
@@ -83,7 +86,9 @@ def save(
             save_file(parameters(model), temporary / "model.safetensors")
             written("model.safetensors")
             compensation = {f"compensation.{name}": c for name, c in store.compensation.items()} if store else {}
-            save_file(_moments(model, optimizer) | compensation, temporary / "optimizer.safetensors")
+            moments, kept = _moments(model, optimizer)
+            metadata = {"specs": json.dumps(kept), "power": json.dumps(optimizer.power)} if kept else None
+            save_file(moments | compensation, temporary / "optimizer.safetensors", metadata=metadata)
             written("optimizer.safetensors")
             shutil.copyfile(run / "config.toml", temporary / "config.toml")
             if tokenizer:
@@ -142,9 +147,11 @@ def recover(run: Path) -> list[str]:
     return lines
 
 
-def size_estimate(model: nn.Module) -> int:
-    """Bytes of one checkpoint: masters and two moments in fp32, and at most two bytes a parameter for the forward pass."""
-    return 14 * sum(p.numel() for p in model.parameters())
+def size_estimate(model: nn.Module, optimizer: AdamW, store: WeightStore) -> int:
+    """Bytes of one checkpoint: masters in fp32, moments as they are kept, Kahan's compensation, and at most two bytes a
+    parameter for the forward pass."""
+    count = sum(p.numel() for p in model.parameters())
+    return 6 * count + (optimizer.nbytes() or 8 * count) + 4 * store.weights.kahan * count
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -170,13 +177,17 @@ def _memory(model: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict().items() if name in buffers}
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{key}.{name}": optimizer.state[p][key]
-        for name, p in model.named_parameters()
-        for key in ("exp_avg", "exp_avg_sq")
-        if p in optimizer.state
-    }
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """(the tensors of optimizer.safetensors, the description of each that is kept as codes)."""
+    tensors, specs = {}, {}
+    for name, p in model.named_parameters():
+        for key, kept in optimizer.state.get(p, {}).items():
+            if isinstance(kept, QTensor):
+                parts, specs[f"{key}.{name}"] = kept.state(f"{key}.{name}")
+                tensors |= parts
+            elif key != "step":
+                tensors[f"{key}.{name}"] = kept
+    return tensors, specs
 
 
 def sha256(path: Path) -> str:
@@ -240,21 +251,26 @@ def intact(folder: Path, use: str = "{folder}", names: Iterable[str] | None = No
     raise ValueError(f"{wrong}; {offer}")
 
 
-def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer, store: WeightStore | None = None) -> dict:
-    """Load masters, memory and moments into a model, its optimiser and the store of its weights; returns state.json. Raises
-    ValueError if damaged or if the model has other parameters."""
+def restore(folder: Path, model: GPT, optimizer: AdamW, store: WeightStore | None = None) -> dict:
+    """Load masters, memory and moments into a model, its optimiser and the store of its weights; returns state.json. Moments
+    that were kept in another way are converted, and a line says so. Raises ValueError if damaged or if the model has other
+    parameters."""
     intact(folder)
     state = json.loads((folder / "state.json").read_text())
     _fill(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
-    moments = load_file(folder / "optimizer.safetensors")
+    path, converted = folder / "optimizer.safetensors", []
+    with safe_open(path, "pt") as f:
+        specs, power = (json.loads((f.metadata() or {}).get(key, no)) for key, no in (("specs", "{}"), ("power", "1")))
+    tensors = load_file(path, device=str(next(model.parameters()).device))
     for name, p in model.named_parameters():
-        if f"exp_avg.{name}" in moments:
-            optimizer.state[p] = {
-                "step": torch.tensor(float(state["step"])),
-                **{key: moments[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")},
-            }
-        if store and store.weights.kahan and f"compensation.{name}" in moments:
-            store.compensation[name] = moments[f"compensation.{name}"].to(p.device)
+        places = {key: f"{key}.{name}" for key in NAMES}
+        found = {key: from_state(place, tensors, specs[place]) for key, place in places.items() if place in specs}
+        if found := found | {key: tensors[place] for key, place in places.items() if place in tensors}:
+            converted += filter(None, [optimizer.adopt(p, state["step"], found, power)])
+        if store and store.weights.kahan and f"compensation.{name}" in tensors:
+            store.compensation[name] = tensors[f"compensation.{name}"]
+    if converted:
+        print(f"optimizer: {len(converted)} matrices had {converted[0]} in {path}, now {optimizer.describe()}")
     return state
 
 

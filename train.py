@@ -37,6 +37,7 @@ from quant.context import Context
 from quant.gemm import BACKENDS, backend_of, pick_mode
 from quant.linear import GEMMS, linears
 from quant.metrics import STATS
+from quant.moments import AdamW
 from quant.policy import switches, table, unquantized
 from run import Run
 
@@ -68,12 +69,13 @@ def learning_rate(config: Config, step: int) -> float:
     return t.lr * min(up, t.final_lr + (1 - t.final_lr) * down)
 
 
-def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
+def make_optimizer(model: GPT, config: Config) -> AdamW:
     """AdamW that decays matrices only, and whose updates a flag on the device can stop (`found_inf`)."""
+    t = config.train
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.train.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, eps=config.train.eps, fused=True)
+    groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return AdamW(groups, config.optimizer, t.seed, lr=t.lr, betas=t.betas, eps=t.eps)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -131,7 +133,7 @@ class Trainer:
         self.loss = torch.compile(model.loss) if t.compile == "model" else model.loss
         self.bytes = torch.as_tensor(corpus.tokenizer.bytes_per_token, device=self.device)
         self.frozen = torch.zeros((), device=self.device)  # 1 from the first non-finite loss or gradient on
-        self.optimizer.found_inf, self.optimizer.grad_scale = self.frozen, None
+        self.optimizer.found_inf = self.frozen
         self.policy: dict[str, str] = {}
         self.stopped_by = ""
 
@@ -402,7 +404,7 @@ def start(config: Config, run: Run) -> None:
     source, branch = run.resume_from(), run.branch_from()
     corpus = open_corpus(config)
     trainer = Trainer(config, run, corpus)
-    run.check_disk(checkpoint.size_estimate(trainer.model))
+    run.check_disk(checkpoint.size_estimate(trainer.model, trainer.optimizer, trainer.store))
     step = 0
     if source or branch:
         state = checkpoint.restore(source or branch, trainer.model, trainer.optimizer, trainer.store)
@@ -429,10 +431,13 @@ def start(config: Config, run: Run) -> None:
         "device": f"{trainer.device} ({platform.processor() or platform.machine()})",
         "threads": torch.get_num_threads(),
         "backend": {name: f"{trainer.how}: {recipe}" for name, recipe in trainer.policy.items()},
+        "optimizer": trainer.optimizer.describe(),
     }
     run.open(step, facts)
     count = sum(p.numel() for p in trainer.model.parameters())
     print(f"run: {run.folder}: {count:,} parameters, {config.tokens_per_step:,} tokens a step, {config.train.steps} steps")
+    if config.optimizer.state:
+        print(f"optimizer: {trainer.optimizer.describe()}")
 
     def interrupted(number, frame):
         trainer.stopped_by = signal.Signals(number).name

@@ -31,7 +31,7 @@ from pydantic.dataclasses import dataclass
 
 from data import DataConfig
 from model import GPT, ModelConfig
-from quant import Recipe, Rule, Sites, Weights, WeightStore, attach
+from quant import Moments, Recipe, Rule, Sites, Weights, WeightStore, attach
 from quant.choice import KINDS, Spec
 from quant.context import Context
 from quant.encode import check as check_blocks
@@ -111,6 +111,7 @@ class Config:
     policy: tuple[Rule, ...] = (Rule(recipe="bf16"),)
     sites: Sites = Sites()
     weights: Weights = Weights()
+    optimizer: Moments = Moments()
     source: str = ""  # the file, for messages and names; set by `load`, no key
 
     @property
@@ -159,6 +160,13 @@ def check(config: Config) -> None:
             check_blocks(rows[name], spec, f"sites.{name}")
     for name, p in WeightStore(model, config.weights, 0).stored.items():
         check_blocks(p.shape, config.weights.store, f"weights.store of {name}")
+    if state := config.optimizer.state:
+        for name, p in model.named_parameters():
+            if p.ndim >= 2:
+                check_blocks(p.shape, state, f"optimizer.state of {name}")
+        b1, b2 = config.train.betas
+        if b1 * b1 >= b2:
+            raise ValueError(f"train.betas = {[b1, b2]}: optimizer.state needs b1^2 < b2, which bounds the updates of AdamW")
     for share in [0.0, *switches(config.policy)]:
         assign(model, config.recipes, config.policy, share)
         for module in linears(model).values():
@@ -245,8 +253,9 @@ def _spec_places(raw: dict) -> Iterator[tuple[dict, str, str]]:
                 yield from places(operands, f"recipes.{name}.{gemm}")
     if isinstance(raw.get("sites"), dict):
         yield from places(raw["sites"], "sites")
-    if isinstance(weights := raw.get("weights"), dict) and "store" in weights:
-        yield weights, "store", "weights.store"
+    for section, key in (("weights", "store"), ("optimizer", "state")):
+        if isinstance(table := raw.get(section), dict) and key in table:
+            yield table, key, f"{section}.{key}"
 
 
 def _override(raw: dict, text: str) -> dict:

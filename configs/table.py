@@ -128,10 +128,11 @@ def paper(path: Path) -> str:
 
 def also(r: Resolved, of_operands: list[str]) -> str:
     """What the columns of formats do not say."""
-    recipe, weights = r.config.recipes.get(r.main), r.config.weights
+    recipe, weights, state = r.config.recipes.get(r.main), r.config.weights, r.config.optimizer.state
     found = [f"rotate{recipe.rotate}"] * (recipe.rotate > 0) + ["clip"] * recipe.clip if recipe else []
     found += [f"{site}={shown(spec)}" for site, spec in vars(r.config.sites).items() if spec]
     found += [f"weights={shown(weights.store)}" + "-kahan" * weights.kahan] if weights.store else []
+    found += [f"moments={shown(state)}"] if state else []
     return " ".join([*sorted(set(of_operands)), *found]) or "-"
 
 

@@ -2,7 +2,7 @@
 
 Modules import in one direction:
 fuse < rounding, random < codebooks < formats < spec < choice < recipe, scaling, transform < qtensor < encode, mixed < metrics,
-launch < kernel < choose < quantize, memory, native < gemm < context < linear < decisions, site, update < policy.
+launch < kernel < choose < quantize, memory, native < gemm < context < linear < decisions, site, update, moments < policy.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from quant.linear import Linear
 from quant.policy import assign, assign_sites
 from quant.qtensor import QTensor
 from quant.quantize import quantize
-from quant.recipe import Recipe, Rule, Sites, Weights
+from quant.recipe import Moments, Recipe, Rule, Sites, Weights
 from quant.site import Site, attach
 from quant.spec import QuantSpec, Scale
 from quant.update import WeightStore
@@ -28,6 +28,7 @@ __all__ = [
     "Context",
     "Linear",
     "Memory",
+    "Moments",
     "QTensor",
     "QuantSpec",
     "Recipe",

@@ -5,7 +5,8 @@
     dw     = g^T x                  wgrad { g, x }      contraction T
 
 A Recipe says what happens to the six operands of a Linear; a Rule gives Linears a recipe; Sites are the operands outside of
-Linears, and Weights is how the weights themselves are kept. An operand left out stays in the compute dtype.
+Linears; Weights and Moments are how the weights themselves and the optimiser's moments are kept. An operand left out stays in
+the compute dtype.
 """
 
 from dataclasses import fields, replace
@@ -137,9 +138,7 @@ class Weights:
 
     def __post_init__(self):
         if self.store:
-            _plain(self.store, "store")
-            if self.store.hadamard:
-                raise ValueError(f"store: expected weights in their own basis, not hadamard {self.store.hadamard}")
+            _kept(self.store, "store", "weights")
         if self.kahan and not (self.store and self.store.scale.format == "none"):
             raise ValueError("kahan: expected a store of an unscaled format, e.g. bf16, whose grid does not move")
 
@@ -147,6 +146,28 @@ class Weights:
     def nearest(self) -> QuantSpec:
         """The store, rounded to nearest."""
         return replace(self.store, rounding="nearest", scale=replace(self.store.scale, rounding="nearest"))
+
+
+@frozen
+class Moments:
+    """How AdamW's moments are kept between steps (quant/moments.py).
+
+    state: nothing for fp32, or the spec by which those of matrices are stored. power: what of them is stored, m |m|^(power - 1)
+      and sqrt(v)^power: 1 for formats of few octaves, 2 for E4M3, 4 for E5M2.
+    """
+
+    state: QuantSpec | None = None
+    power: Literal[1, 2, 4] = 1
+
+    def __post_init__(self):
+        if self.state:
+            _kept(self.state, "state", "moments")
+
+
+def _kept(spec: QuantSpec, what: str, of: str) -> None:
+    _plain(spec, what)
+    if spec.hadamard:
+        raise ValueError(f"{what}: expected {of} in their own basis, not hadamard {spec.hadamard}")
 
 
 def _plain(spec: Spec, what: str) -> None:

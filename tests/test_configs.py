@@ -500,6 +500,12 @@ WRONG = [
     ("recipes.nvfp4-backward.fprop.y.rounding=away", "recipes.nvfp4-backward.fprop.y", "unknown key", "'x'"),
     ("policy=[{recpie='bf16'}]", "policy rule 1", "unknown key 'recpie'", "'recipe'"),  # also a missing recipe
     ("recipes.nvfp4.fprop={ q = 'nv' }", "recipes.nvfp4.fprop.q", "unknown key", "'x', 'w'"),
+    # moments of the optimiser
+    ("optimizer.sate=nv", "optimizer.sate", "unknown key", "'state'"),
+    ("optimizer.state=nvv", "optimizer.state", "no spec is named", "'nv'"),
+    ("optimizer.state={like='nv', hadamard=16}", "optimizer: state", "moments in their own basis", "not hadamard 16"),
+    ("optimizer.state={like='nv', center=true}", "optimizer: state", "are for operands of a Linear", "centred"),
+    ("optimizer.state={candidates=['nv', 'nvsr'], by='squared_error'}", "optimizer.state", "unknown key", ""),
     # not an override
     ("train.steps=3\nrun.out=9", "train.steps=3", "one key=value", ""),
     ("source=here.toml", "source", "unknown key", ""),
@@ -549,6 +555,8 @@ MISFITS = [  # (overrides, what the message says)
     (["model.seq_len=100", "train.batch_size=1"], ["qkv", "wgrad.g", "contraction", "train.batch_size * model.seq_len = 100"]),
     (["recipes.nvfp4.fprop.x.block=[16,16]", "model.seq_len=136"], ["fprop.x", "model.seq_len = 136", "multiple of 16"]),
     (["model.vocab_size=1024"], ["data.vocab_size", "model.vocab_size = 1024"]),
+    (["optimizer.state={format='e4m3', block=[1,96]}"], ["optimizer.state of embedding.weight", "contraction, 256", "of 96"]),
+    (["optimizer.state=nv", "train.betas=[0.99,0.9]"], ["train.betas = [0.99, 0.9]", "optimizer.state needs b1^2 < b2"]),
 ]
 
 

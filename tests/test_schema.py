@@ -80,6 +80,7 @@ WRITTEN = [
     "[recipes.r.fprop]\nx = { candidates = [{}, { format = 'int4', scale = { target = 6.0, outer_target = 448.0 } }] }",
     "[sites]\nnorm_gain = { format = 'e4m3', block = [1, 32], scale = { format = 'e8m0' } }",
     "[specs]\na = { format = 'bf16', scale = { format = 'none' } }\n[weights]\nstore = 'a'\nkahan = true",
+    "[optimizer]\nstate = { format = 'e4m3', block = [1, 128], scale = { format = 'fp32' } }",
     "[specs]\na = { scale = { outer = '1x64', rounding = 'stochastic4' }, rounding = 'stochastic17' }",
     "[train]\nlr = 1\nclip = inf\nprofile = '3:5'",
     "[[policy]]\nrecipe = 'bf16'\nfirst = 0\n[[policy]]\nrecipe = 'bf16'",

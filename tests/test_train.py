@@ -21,6 +21,7 @@ import train
 from configs import load
 from quant.linear import linears
 from quant.policy import unquantized
+from studies.recipes import NAMES
 
 ROOT = Path(__file__).parent.parent
 NVFP4, BF16 = str(ROOT / "configs/tiny-nvfp4.toml"), str(ROOT / "configs/tiny-bf16.toml")
@@ -37,6 +38,7 @@ VARIANTS = {
     "fp8-delayed": (str(ROOT / "configs/fp8-delayed.toml"), ["specs.f8.scale.history=3"]),
     "bf16-kahan": (str(ROOT / "configs/bf16-kahan.toml"), []),
     "dqt": (str(ROOT / "configs/dqt.toml"), []),
+    "fp8-adam": (str(ROOT / "configs/fp8-adam.toml"), []),
     "mor-delayed": (
         str(ROOT / "configs/mor-delayed.toml"),
         [
@@ -179,20 +181,30 @@ assert loaded.tokenizer is None
 """
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "fp8-delayed", "mxfp8-gains", "tiny-bf16", "mor-block-3way"])
-def test_the_packed_file_alone_is_the_model(small, name, tmp_path):
-    """In a process of its own, without config, masters and folder: the logits of the masters, bit for bit; and smaller."""
+ALONE_QUICK = ("nvfp4", "fp8-delayed", "mxfp8-gains", "tiny-bf16", "mor-block-3way")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ALONE_QUICK else pytest.mark.slow) for n in NAMES])
+def test_the_packed_file_alone_is_the_model(small, name, tmp_path, monkeypatch):
+    """In a process of its own, without config, masters and folder: the logits of training, and those of the masters, bit for
+    bit; and smaller, but where other matrices are kept in fp32, which layercast and dqt compute in."""
+    path, trained = ROOT / f"configs/{name}.toml", []
     extra = ["model.tied_head=true"] if name == "mxfp8-gains" else LADDERS.get(name, [])
-    train.main([str(ROOT / f"configs/{name}.toml"), *small, f"run.name=alone-{name}", *extra, "train.steps=5"])
+    extra = [*extra, "model.blocks=4"] if name == "metric-int8-fp8" else extra  # whose policy names them
+    window = max(64, *(r.fprop.x.multiple[0] for r in load(path, extra).recipes.values() if r.fprop.x), 0)
+    monkeypatch.setattr(train, "finish", lambda trainer, metrics: trained.append(trainer.model.eval()))
+    train.main([str(path), *small, f"run.name=alone-{name}", *extra, "train.steps=5", f"model.seq_len={window}"])
     loaded = checkpoint.load_model(folder(small, f"alone-{name}"))
-    tokens = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 512, (2, window), generator=torch.Generator().manual_seed(0))
     file, given, found = (tmp_path / each for each in ("weights.safetensors", "tokens.pt", "logits.pt"))
     file.write_bytes((loaded.folder / "quantized.safetensors").read_bytes())
     torch.save(tokens, given)
     subprocess.run([sys.executable, "-c", ALONE, file, given, found], cwd=ROOT, check=True)
     with torch.no_grad():
-        assert torch.equal(loaded.model(tokens), torch.load(found))
-    assert file.stat().st_size < 0.6 * (loaded.folder / "model.safetensors").stat().st_size
+        alone = torch.load(found)
+        assert torch.equal(loaded.model(tokens), alone) and torch.equal(trained[0](tokens), alone)
+    if loaded.config.train.dtype == "bf16":
+        assert file.stat().st_size < 0.6 * (loaded.folder / "model.safetensors").stat().st_size
 
 
 def test_a_checkpoint_without_codes(small, capsys):
@@ -308,6 +320,23 @@ def test_branch_into_another_recipe(finished, small, capsys):
         train.main([BF16, *small, "run.name=branch2", start_from, "model.ffn=384"])
     with pytest.raises(ValueError, match=r"run\.init_from: .*step_000020 has 20 steps, so train\.steps = 20 leaves none"):
         train.main([BF16, *small, "run.name=branch3", f"run.init_from={finished}"])
+
+
+def test_a_branch_converts_moments_and_a_resume_does_not(finished, small, capsys):
+    """Into codes, which are those of `quantize`, and back to fp32; one line each."""
+    adam = str(ROOT / "configs/fp8-adam.toml")
+    train.main([adam, *small, "run.name=into-codes", f"run.init_from={finished}/step_000010"])
+    said = capsys.readouterr().out
+    assert said.count("had moments in fp32 in") == 1 and "now moments in e4m3/1x128" in said
+    with pytest.raises(ValueError, match=r"optimizer\.state: .* -> None.*run\.init_from"):
+        train.main([NVFP4, *small, "run.name=into-codes"])
+    with pytest.raises(ValueError, match=r"optimizer\.state\.rounding: 'nearest' -> 'stochastic8'"):
+        train.main([adam, *small, "run.name=into-codes", "specs.adam.rounding=stochastic8"])
+    codes = folder(small, "into-codes") / "step_000020"
+    train.main([NVFP4, *small, "run.name=out-of-codes", f"run.init_from={codes}", "train.steps=22"])
+    assert "had moments in e4m3/1x128 fp32, to the power 2 in" in capsys.readouterr().out
+    last = load_file(folder(small, "out-of-codes") / "step_000022/optimizer.safetensors")
+    assert all(t.dtype == torch.float32 for t in last.values())
 
 
 def test_overwrite(small, capsys):
