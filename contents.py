@@ -17,6 +17,8 @@ from torch import Tensor
 
 import checkpoint
 from quant.mixed import Mixed, from_state
+from quant.moments import how
+from quant.qtensor import SPECS
 
 
 class Step:
@@ -33,6 +35,10 @@ class Step:
                 specs = json.loads(f.metadata()["specs"])
             tensors = load_file(path)
         self.quantised = {f"{name}.weight": from_state(name, tensors, each) for name, each in specs.items()}
+        with safe_open(self.folder / "optimizer.safetensors", "pt") as f:
+            kept = f.metadata() or {}
+        first = next(iter(json.loads(kept.get("specs", "{}")).values()), None)
+        self.moments = how(first and SPECS.validate_python(first["spec"]), int(kept.get("power", 1)))
 
     def format(self, name: str) -> str:
         """How a parameter is stored beside its master, with the share of each format where blocks differ."""
@@ -85,7 +91,7 @@ def main(argv: list[str]) -> int:
     step, other = Step(args.step), Step(args.other) if args.other else None
     manifest = json.loads((Path(step.folder) / "MANIFEST.json").read_text())["sha256"]
     print(f"{step.folder}: step {step.state['step']}, {step.state['tokens']:,} tokens; {len(manifest)} files have their sha256")
-    print(f"  {', '.join(step.files())}")
+    print(f"  {', '.join(step.files())}; {step.moments}")
     print(*table(step, other), sep="\n")
     sizes = {name: step.masters[name].numel() for name in step.quantised}
     whole = sum(w.numel() for w in step.masters.values())
