@@ -11,11 +11,14 @@ import json
 import sys
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 import checkpoint
 from quant.mixed import Mixed
+from quant.moments import how
+from quant.qtensor import SPECS
 
 
 class Step:
@@ -27,6 +30,10 @@ class Step:
         self.state = json.loads((self.folder / "state.json").read_text())
         self.masters = load_file(self.folder / "model.safetensors")
         self.quantised = {f"{name}.weight": q for name, q in checkpoint.codes(self.folder).items()}
+        with safe_open(self.folder / "optimizer.safetensors", "pt") as f:
+            kept = f.metadata() or {}
+        first = next(iter(json.loads(kept.get("specs", "{}")).values()), None)
+        self.moments = how(first and SPECS.validate_python(first["spec"]), int(kept.get("power", 1)))
 
     def format(self, name: str) -> str:
         """How a parameter is stored beside its master, with the share of each format where blocks differ."""
@@ -78,7 +85,7 @@ def main(argv: list[str]) -> int:
     step, other = Step(args.step), Step(args.other) if args.other else None
     manifest = json.loads((Path(step.folder) / "MANIFEST.json").read_text())["sha256"]
     print(f"{step.folder}: step {step.state['step']}, {step.state['tokens']:,} tokens; {len(manifest)} files have their sha256")
-    print(f"  {', '.join(step.files())}")
+    print(f"  {', '.join(step.files())}; {step.moments}")
     print(*table(step, other), sep="\n")
     sizes = {name: step.masters[name].numel() for name in step.quantised}
     whole = sum(w.numel() for w in step.masters.values())

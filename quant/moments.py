@@ -99,7 +99,7 @@ class AdamW(torch.optim.AdamW):
         self.state[p] = {"step": step} | dict(zip(NAMES, (m, v), strict=True)) if spec is None else {"step": step}
         if spec:
             self._keep(p, m, v)
-        return _how(was, power)
+        return how(was, power)
 
     def nbytes(self) -> int:
         """Of all moments."""
@@ -108,12 +108,12 @@ class AdamW(torch.optim.AdamW):
     def describe(self) -> str:
         """E.g. `moments in e4m3/1x128 fp32, to the power 2 (8.25 bits), 10.3 MB instead of 39.9, those of vectors in fp32`."""
         if self.spec is None:
-            return _how(None, 1)
+            return how(None, 1)
         matrices = [p for p in self.numbers if self.spec_of(p)]
         bits = 8 * sum(_bytes(self.state[p][name]) for p in matrices for name in NAMES) / (2 * sum(p.numel() for p in matrices))
         whole = 8 * sum(p.numel() for p in self.numbers)
         return (
-            f"{_how(self.spec, self.power)} ({bits:.2f} bits), {self.nbytes() / 1e6:.1f} MB instead of {whole / 1e6:.1f}, "
+            f"{how(self.spec, self.power)} ({bits:.2f} bits), {self.nbytes() / 1e6:.1f} MB instead of {whole / 1e6:.1f}, "
             "those of vectors in fp32"
         )
 
@@ -149,7 +149,8 @@ def _unless(frozen: Tensor | None, old: QTensor | None, new: QTensor) -> QTensor
     return replace(new, **{name: torch.where(frozen > 0, getattr(old, name), getattr(new, name)) for name in parts})
 
 
-def _how(spec: QuantSpec | None, power: int) -> str:
+def how(spec: QuantSpec | None, power: int) -> str:
+    """E.g. `moments in e4m3/1x128 fp32, to the power 2`; without a spec `moments in fp32`."""
     return f"moments in {spec.short()}" + f", to the power {power}" * (power > 1) if spec else "moments in fp32"
 
 

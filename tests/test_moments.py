@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import checkpoint
+import contents
 import train
 from configs import load
 from quant import Moments, QTensor, QuantSpec, Scale, WeightStore, quantize
 from quant.moments import NAMES, USES, AdamW, bound
 from quant.random import Key
+from studies.moments import measure
 
 CONFIG = str(Path(__file__).parent.parent / "configs/fp8-adam.toml")
 E4M3 = QuantSpec("e4m3", (1, 32), Scale("fp32"))
@@ -230,6 +232,16 @@ def test_moments_of_another_kind_are_converted():
     assert narrow.adopt(params[2], 7, vector) == "", "vectors are fp32 in both"
 
 
+def test_the_study(small):
+    """By the definitions: no error of fp32 moments, a small one of E4M3 codes."""
+    kinds = {"fp32": Moments(), "e4m3": Moments(QuantSpec("e4m3", (1, 128), Scale("fp32")), 2)}
+    found = measure(load(CONFIG.replace("fp8-adam", "tiny-bf16"), small), kinds, steps=4, first=1)
+    errors, largest, root = found["fp32"]
+    assert errors == [0.0] * 4 and root == 1 and 0.5 < largest <= 1.5
+    errors, largest, root = found["e4m3"]
+    assert all(0.001 < error < 0.1 for error in errors) and 0.5 < largest <= 1.5 and 0.9 < root < 1.1
+
+
 def final_loss(small, name: str, *overrides: str) -> float:
     train.main([CONFIG, *small, f"run.name=moments-{name}", "run.overwrite=true", *overrides])
     metrics = (Path(load(CONFIG, small).run.out) / f"moments-{name}/metrics.jsonl").read_text()
@@ -261,6 +273,7 @@ def test_checkpoints_hold_what_is_said(small, capsys):
     assert "8.25 bits" in json.loads((step.parent / "run.json").read_text())["optimizer"]
     codes = [t for name, t in tensors.items() if name.endswith(".codes")]
     assert codes and all(t.dtype == torch.uint8 for t in codes)
+    assert contents.main([str(step)]) == 0 and "; moments in e4m3/1x128 fp32, to the power 2\n" in capsys.readouterr().out
     model = checkpoint.load_model(step).model
     optimizer = train.make_optimizer(model, config)
     assert size == optimizer.nbytes()

@@ -38,7 +38,7 @@ VARIANTS = {
     "fp8-delayed": (str(ROOT / "configs/fp8-delayed.toml"), ["specs.f8.scale.history=3"]),
     "bf16-kahan": (str(ROOT / "configs/bf16-kahan.toml"), []),
     "dqt": (str(ROOT / "configs/dqt.toml"), []),
-    "fp8-adam": (str(ROOT / "configs/fp8-adam.toml"), []),
+    "fp8-adam": (str(ROOT / "configs/fp8-adam.toml"), ["specs.adam.rounding=stochastic8"]),
     "mor-delayed": (
         str(ROOT / "configs/mor-delayed.toml"),
         [
