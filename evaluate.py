@@ -185,7 +185,7 @@ def swept(table: Table, model: GPT, corpus: Corpus, args) -> None:
         keep(path, args.windows, records)
     if path.exists():
         picture = draw.bits_against_loss(json.loads(path.read_text()), f"{table.name}: bits of weights against loss")
-        print(f"kept in {path}, with rows of earlier calls, and drawn: {written(path.with_suffix('.png'), picture)}")
+        print(f"kept in {path}, and drawn, with rows of earlier calls: {written(path.with_suffix('.png'), picture)}")
 
 
 def main(argv: list[str]) -> int:

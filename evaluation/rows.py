@@ -66,18 +66,23 @@ def written(path: Path, what: str | bytes) -> Path:
 
 
 def keep(path: Path, windows: int, rows: dict[str, dict]) -> list[str]:
-    """Write rows, "bf16" among them, into an evaluation.json -> the names of older rows that stay in it.
+    """Write rows, "bf16" among them, into an evaluation.json or sweep.json -> the names of older rows that stay in it.
 
     A row that an earlier call has written stays where it is a row of this table: over as many windows, beside the same loss
-    in BF16, to the last bit (so: of the same weights, text and arithmetic). Other rows go, since nothing here would compare
-    with them; what is no row (it has no loss) is not ours and stays.
+    in BF16, to the last bit (so: of the same weights, text and arithmetic). Rows of another table, with which nothing here
+    would compare, are set aside, the whole file as .old.json, and a line says so. What is no row (it has no loss) is not ours
+    and stays.
     """
+    text = path.read_text() if path.exists() else "{}"
     try:
-        old = json.loads(path.read_text())
-        same = old["windows"] == windows and old["bf16"]["loss"] == rows["bf16"]["loss"]
-    except (OSError, ValueError, KeyError, TypeError):
-        old, same = {}, False
-    rest = {name: v for name, v in old.items() if name not in rows and name != "windows"} if isinstance(old, dict) else {}
-    rest = {name: v for name, v in rest.items() if same or not (isinstance(v, dict) and "loss" in v)}
+        old = dict(json.loads(text))
+        same = old.get("windows") == windows and old.get("bf16", {}).get("loss") == rows["bf16"]["loss"]
+    except (ValueError, TypeError, AttributeError):
+        old, same = {text: {"loss": None}}, False  # what is no table is set aside too
+    rest = {name: v for name, v in old.items() if name not in rows and name != "windows"}
+    others = [name for name, v in rest.items() if isinstance(v, dict) and "loss" in v]
+    if others and not same:
+        rest = {name: v for name, v in rest.items() if name not in others}
+        print(f"{path} has rows of another table; they are in {written(path.with_suffix('.old.json'), text)} now")
     written(path, json.dumps({"windows": windows, **rows, **rest}, indent=1))
-    return [name for name, v in rest.items() if isinstance(v, dict) and "loss" in v]
+    return others if same else []

@@ -434,8 +434,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert rows.keep(path, 4, {"bf16": row, "y": row}) == ["x"], "a row of the same table"
     assert set(json.loads(path.read_text())) == {"windows", "bf16", "x", "y", "tasks"}
     for windows, loss in ((5, 2.0), (4, 2.5)):
+        before = path.read_bytes()
         assert rows.keep(path, windows, {"bf16": {"loss": loss}}) == [], "rows of another table"
         assert set(json.loads(path.read_text())) == {"windows", "bf16", "tasks"}
+        assert (tmp_path / "evaluation.old.json").read_bytes() == before
         rows.keep(path, 4, {"bf16": row, "x": row})
     before = path.read_bytes()
 
@@ -449,3 +451,4 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path.write_text("[1")
     monkeypatch.undo()
     assert rows.keep(path, 9, {"bf16": row}) == [] and json.loads(path.read_text()) == {"windows": 9, "bf16": row}
+    assert (tmp_path / "evaluation.old.json").read_text() == "[1"
