@@ -275,8 +275,10 @@ def restore(folder: Path, model: GPT, optimizer: AdamW, store: WeightStore | Non
 
 
 @torch.no_grad()
-def _fill(model: GPT, tensors: dict[str, Tensor], file: Path) -> None:
+def _fill(model: GPT, tensors: dict[str, Tensor], file: Path, but: Iterable[str] = ()) -> None:
     for name, p in model.named_parameters():
+        if name in but:
+            continue
         shape = tuple(tensors[name].shape) if name in tensors else "nothing"
         if shape != tuple(p.shape):
             raise ValueError(f"{file}: {name} is {shape}, the config's model wants {tuple(p.shape)}")
@@ -284,9 +286,6 @@ def _fill(model: GPT, tensors: dict[str, Tensor], file: Path) -> None:
     for name in tensors.keys() - dict(model.named_parameters()).keys():  # memory, of whatever recipe had one
         module, _, buffer = name.rpartition(".")
         model.get_submodule(module).register_buffer(buffer, tensors[name].to(p.device))
-
-
-STORED = {"master": "model", "quantized": "quantized"}
 
 
 def config_file(folder: Path) -> Path:
@@ -351,9 +350,11 @@ def load_model(run_or_step: str | Path, weights: str = "master") -> Loaded:
     Raises ValueError if the checkpoint is damaged or absent.
     """
     folder = find(run_or_step)
-    intact(folder, names=("config.toml", "state.json", "tokenizer.model", f"{STORED[weights]}.safetensors"))
+    files = ["model.safetensors"] * (weights == "master")  # (quantized.safetensors has a sha256 of its own, which is checked)
+    intact(folder, names=["config.toml", "state.json", "tokenizer.model", *files])
     if weights == "quantized":
         if not (folder / "quantized.safetensors").exists():
+            intact(folder, names=["quantized.safetensors"])
             raise ValueError(f"{folder} has no quantized.safetensors, since the run had run.quantized = false")
         return load_packed(folder / "quantized.safetensors")
     state = json.loads((folder / "state.json").read_text())
@@ -380,10 +381,10 @@ def load_packed(file: str | Path) -> Loaded:
     parts = {part for name, q in codes.items() for part in q.state(name)[0]}
     modules = linears(model)
     rest = {name: t for name, t in tensors.items() if name not in parts}
-    _fill(model, rest | {f"{name}.weight": modules[name].dequantized(q) for name, q in codes.items()}, file)
+    _fill(model, rest, file, but={f"{name}.weight" for name in codes})
     model.requires_grad_(False)
     for name, q in codes.items():
-        modules[name].use(q)
+        modules[name].use(q, master=True)
     return Loaded(model, config, _tokenizer(file.parent), state, file.parent)
 
 

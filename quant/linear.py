@@ -108,12 +108,17 @@ class Linear(nn.Linear):
         index = self._remembered("fprop.w", spec, training=False)[0] if spec.ladder and spec.memory else None
         return quantize(w, spec, *keys, self._held("fprop.w", spec, w, note=False), index)
 
-    def use(self, q: QTensor | Mixed) -> None:
-        """Take these codes for fprop.w (and what is made of it for dgrad.w) until the weight changes."""
+    @torch.no_grad()
+    def use(self, q: QTensor | Mixed, master: bool = False) -> None:
+        """Take these codes for fprop.w (and what is made of it for dgrad.w) until the weight changes; master: and as weight
+        what they stand for."""
         self._cache.clear()
         spec = self.recipe.fprop.w
+        operand = Operand(*decoded_values(q, spec))
+        if master:
+            self.weight.copy_(self.plain("fprop.w", operand))
         self._cached("codes", spec, lambda: q)
-        self._cached("fprop.w", spec, lambda: Operand(*decoded_values(q, spec)))
+        self._cached("fprop.w", spec, lambda: operand)
 
     def hold(self, operand: str, amax: float) -> None:
         """Take this amax for the operand, whose scale has a history, in the step of the context: that of the step before."""

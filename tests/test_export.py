@@ -73,7 +73,7 @@ def distance(ours: GPT, tokens, logits) -> tuple[float, float]:
         ours.dtype = torch.float32
         wide = ours(tokens)
         ours.dtype = torch.bfloat16
-    return float((bf16 - logits.float()).norm()), float((bf16 - wide).norm())
+    return float((bf16 - logits.float()).detach().norm()), float((bf16 - wide).detach().norm())
 
 
 def words(loaded) -> torch.Tensor:
