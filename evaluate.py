@@ -10,7 +10,8 @@ A table of each, over the validation set (bits per byte, see model.measure), the
     w W, x X       the same masters by --weights W and --activations X (evaluation/specs.py has names), to nearest, in the
                    Linears that the run quantises, or, where it quantises none, all but the head (--all: every one); --stored:
                    the values of the stored codes in place of masters
-    DIR            a folder of export.py, as transformers loads it: the weights it holds, activations quantised as it says
+    DIR            a folder of export.py, as transformers loads it: the weights it holds, activations quantised as it says.
+                   Those in out/NAME/export that were made of this step, and --exported DIR
 
 and `difference`, the mean over windows of a row's loss minus that of bf16, with its paired standard error: much smaller than
 that of either mean. Written to evaluation.json in the step folder too, where rows of other calls stay while they are rows of
@@ -27,17 +28,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
-from torch import Tensor, nn
 
 import checkpoint
 from data import Corpus
 from evaluation import draw, questions
+from evaluation.exported import Exported
 from evaluation.rows import Row, keep, row, shown, written
 from evaluation.specs import named
 from evaluation.sweep import chosen, line, sweep, under
@@ -45,26 +43,6 @@ from model import GPT
 from quant import Recipe
 from quant.policy import unquantized
 from quant.recipe import Fprop
-
-
-class Exported(nn.Module):
-    """A folder of export.py, as transformers loads it, for `measure`. Raises ValueError without one or without transformers."""
-
-    def __init__(self, folder: Path, T: int):
-        super().__init__()
-        checkpoint.refuse_pickle(folder)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"--exported {folder}: no folder that export.py has written, which has a config.json")
-        try:
-            from transformers import AutoModelForCausalLM
-        except ImportError:
-            raise ValueError("--exported needs transformers and compressed-tensors, as pyproject.toml pins them") from None
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        self.norm, self.config = self.model.model.norm, SimpleNamespace(seq_len=T)
-
-    def loss(self, tokens: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        logits = self.model(tokens).logits.to(torch.float32)
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1), reduction=reduction)
 
 
 class Table(NamedTuple):
@@ -106,6 +84,12 @@ def loaded_with_text(folder: Path) -> checkpoint.Loaded:
     return loaded
 
 
+def exports_of(folder: Path) -> list[Path]:
+    """Those in the run's export/ that were made of this step: they have its state.json."""
+    state = (folder / "state.json").read_bytes()
+    return [f.parent.parent for f in sorted(folder.parent.glob("export/*/narrow/state.json")) if f.read_bytes() == state]
+
+
 def evaluated(folder: Path, args) -> Table:
     """The rows of a checkpoint, printed and kept."""
     recipe = given(args, folder)
@@ -130,8 +114,13 @@ def evaluated(folder: Path, args) -> Table:
     if recipe:
         with under(source, recipe[1], args.all):
             rows[recipe[0]] = row(source, corpus, args.windows)
-    for export in args.exported:
-        rows[str(export)] = row(Exported(export, loaded.config.model.seq_len), corpus, args.windows)
+    for export in dict.fromkeys([*args.exported, *exports_of(folder)]):
+        try:
+            rows[str(export)] = row(Exported(export, loaded.config.model.seq_len), corpus, args.windows)
+        except (ValueError, OSError) as error:  # e.g. ModelOpt's layout, which transformers does not load
+            if export in args.exported:
+                raise
+            print(f"{export} is left out: {str(error).strip().splitlines()[0]}")
     width = max(14, *(len(name) + 1 for name in rows))
     print(f"{'':{width}}{'loss':>9}{'bits/byte':>11}{'difference to bf16':>24}")
     for name, found in rows.items():
@@ -204,7 +193,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="the comparison's picture (default: in the first run's folder)"
     )
-    parser.add_argument("--exported", metavar="DIR", type=Path, action="append", default=[], help="... of this checkpoint too")
+    parser.add_argument("--exported", metavar="DIR", type=Path, action="append", default=[], help="an export elsewhere, too")
     questions.arguments(parser)
     args = parser.parse_args(argv)
     if args.windows < 2 or args.calibrate < 1:

@@ -12,8 +12,8 @@ quantised again from its master, to nearest, and the model card says with what e
 gate and up, are one matrix here, so they share scale and format, as fused kernels need.
 
 The amax of an activation is the largest that training has lately quantised (state.json), or, where that is not known, measured
-now over windows of the training set. What the target has no place for lies in narrow/: tokenizer.model, config.toml of the run,
-and of a ladder (MoR) which block of which matrix had which format, mor.safetensors.
+now over windows of the training set. What the target has no place for lies in narrow/: tokenizer.model, config.toml and
+state.json of the step, and of a ladder (MoR) which block of which matrix had which format, mor.safetensors.
 
 The folder is written beside its place and renamed: it is whole or not there. It is not fsynced, since it can be made again.
 What has no such form is refused: quantised norm gains, scores or residuals; weights in a rotated basis, unless as bf16.
@@ -252,6 +252,7 @@ def export(run: str, form: str, layout: str, out: Path | None, windows: int, sha
             (place / "tokenizer_config.json").write_text(tokenizer_config(tokenizer, c.seq_len))
             shutil.copyfile(tokenizer.path, place / OURS / "tokenizer.model")
         shutil.copyfile(checkpoint.config_file(loaded.folder), place / OURS / "config.toml")
+        shutil.copyfile(loaded.folder / "state.json", place / OURS / "state.json")  # by which make eval knows its exports
         if map_of_choices:
             save_file(map_of_choices, place / OURS / "mor.safetensors", metadata=candidates)
         save_torch_state_dict(tensors, place, max_shard_size=shard, metadata={"format": "pt"})

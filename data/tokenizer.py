@@ -18,6 +18,7 @@ Left out: special tokens for chat, sampling of segmentations, and any promise fo
 `load` takes any SentencePiece model, `check_lossless` says whether it keeps what this page promises.
 """
 
+import functools
 import hashlib
 import io
 import re
@@ -40,8 +41,7 @@ def unescape(text: str) -> str:
 
 
 class Tokenizer:
-    """`bos` int; `vocab_size` int; `bytes_per_token` int64 [vocab_size], 0 for special tokens; `sha256` of the model
-    file, hex; `path` of the model file, all that a checkpoint must copy."""
+    """`bos` int; `vocab_size` int; `sha256` of the model file, hex; `path` of it, all that a checkpoint must copy."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -55,7 +55,6 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size = self.model.vocab_size()
         self.bos = self.model.bos_id()
-        self.bytes_per_token = np.array([self._bytes(i) for i in range(self.vocab_size)], dtype=np.int64)
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -81,6 +80,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` (ints, array or tensor). Special tokens give no text; bytes that are no UTF-8 give U+FFFD."""
         return unescape(self.model.decode([int(i) for i in ids]))
+
+    @functools.cached_property
+    def bytes_per_token(self) -> np.ndarray:
+        """int64 [vocab_size], of the UTF-8 text of a token; 0 for special tokens."""
+        return np.array([self._bytes(i) for i in range(self.vocab_size)], dtype=np.int64)
 
     def _bytes(self, token: int) -> int:
         if self.model.is_control(token) or self.model.is_unknown(token) or self.model.is_unused(token):

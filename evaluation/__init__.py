@@ -1,6 +1,7 @@
 """What evaluate.py is made of.
 
     rows.py        rows of a table: losses, paired differences                              evaluate.py RUN [RUN ...]
+    exported.py    exported folders, as transformers loads them                              ... --exported DIR
     specs.py       names of specs                                                           ... --weights W --activations X
     posttrain.py   what a weight becomes after training, by papers' core algorithms
     sweep.py       a table of these: bits a parameter against loss; draw.py, pictures       ... --sweep

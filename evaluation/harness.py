@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import refuse_pickle
 from configs import near
 from data import Tokenizer
+from evaluation.exported import loadable
 from model import GPT
 
 EXAMPLES = Path(__file__).parent / "tasks"
@@ -252,9 +252,7 @@ def generated(model: GPT, tokenizer: Tokenizer, context: str, options: dict) -> 
 
 def exported_model(folder: Path, seq_len: int):
     """A folder of export.py by lm-eval's HFLM, a sequence at a time. Raises ValueError if it is none."""
-    refuse_pickle(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--exported {folder}: no folder that export.py has written, which has a config.json")
+    loadable(folder)
     try:
         import transformers
         from lm_eval.models.huggingface import HFLM

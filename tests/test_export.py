@@ -538,6 +538,21 @@ def test_an_export_is_evaluated_beside_its_checkpoint(run, tmp_path, capsys):
         evaluate.main([str(run), "--exported", str(tmp_path / "nothing")])
 
 
+def test_exports_of_a_step_are_rows_of_its_table(run, tmp_path, capsys):
+    """Where make export puts them, without being named; not those of another step, nor what transformers cannot load."""
+    shutil.copytree(run, own := tmp_path / "own")
+    for step, form, layout in (
+        (20, "bf16", layouts.LAYOUTS[0]),
+        (20, "nvfp4", layouts.LAYOUTS[1]),
+        (10, "mxfp8", layouts.LAYOUTS[0]),
+    ):
+        export.export(own / f"step_{step:06d}", form, layout, None, 2)
+    assert evaluate.main([str(own), "--windows", "2"]) == 0
+    found = json.loads((own / "step_000020/evaluation.json").read_text())
+    assert [name.rpartition("/")[2] for name in found if "export" in name] == ["bf16"], found.keys()
+    assert "nvfp4-modelopt is in the layout of modelopt" in capsys.readouterr().out
+
+
 # --- the tokenizer ---
 
 ODD = ["", "a", " ", "  ", "\n", "\n\n\n", "\u2581", "\ue581", "\ue581s \ue581e", "\u2581\u2581a", "\x00", "<s>", "\u200d"]
