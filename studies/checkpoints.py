@@ -35,9 +35,12 @@ PLACE = ROOT / "out" / "studies-checkpoints"
 STATE = {"tokens": 0, "next_micro_batch": 2, "progress": 0.0, "policy": {}, "gemm": "bf16", "data_sha256": ""}
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
+def seconds(work: Callable[[], object], repeats: int, place: Path | None = None) -> float:
+    """The least of so many; `place` is removed before each."""
     best = float("inf")
     for _ in range(repeats):
+        if place:
+            shutil.rmtree(place, ignore_errors=True)
         start = time.perf_counter()
         work()
         best = min(best, time.perf_counter() - start)
@@ -92,17 +95,15 @@ def study(config: Config, name: str, repeats: int) -> list[str]:
         f"  saving takes {above:.2f} times the largest tensor above the model (target <= 1.2: {_fared(above <= 1.2)})",
     ]
 
-    def row(what: str, work: Callable[[], object], over: list[Path]) -> None:
-        size, (mine, theirs) = (
-            sum(file.stat().st_size for file in over),
-            (seconds(each, repeats) for each in (work, lambda: copied(over, PLACE / "copy"))),
-        )
+    def row(what: str, work: Callable[[], object], over: list[Path], place: Path | None = None) -> None:
+        size, mine = sum(file.stat().st_size for file in over), seconds(work, repeats, place)
+        theirs = seconds(lambda: copied(over, PLACE / "copy"), repeats, PLACE / "copy")
         lines.append(
             f"  {what:14} {mine:8.2f} s, {size / mine / 1e6:7,.0f} MB/s: {theirs / mine:5.2f} of a copy's speed "
             f"(target >= 0.5: {_fared(theirs / mine >= 0.5)})"
         )
 
-    row("save", save, files)
+    row("save", save, files, folder)
     row("load to train", lambda: checkpoint.restore(folder, model, optimizer), files)
     optimizer.state.clear()
     row("load masters", lambda: checkpoint.load_model(folder), [folder / "model.safetensors"])
