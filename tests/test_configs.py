@@ -365,7 +365,7 @@ def test_ablation_runs_and_changes_the_gradients(name):
 
 # What the comments of a file offer as overrides, a line (with its continuation) at a time; what begins with "...." is
 # the rest of a path and left out.
-OFFER = re.compile(r"(?<![.\w])(?:specs|recipes|policy|train|model)\.[\w.-]+=[^\s)]+")
+OFFER = re.compile(r"(?<![.\w])(?:specs|recipes|policy|train|model|optimizer)\.[\w.-]+=[^\s)]+")
 OFFERED = [
     (path, words)
     for path in FILES
