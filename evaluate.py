@@ -120,7 +120,7 @@ def evaluated(folder: Path, args) -> Table:
         except (ValueError, OSError) as error:  # e.g. ModelOpt's layout, which transformers does not load
             if export in args.exported:
                 raise
-            print(f"{export} is left out: {str(error).strip().splitlines()[0]}")
+            print(f"an export is left out: {str(error).strip().splitlines()[0]}")
     width = max(14, *(len(name) + 1 for name in rows))
     print(f"{'':{width}}{'loss':>9}{'bits/byte':>11}{'difference to bf16':>24}")
     for name, found in rows.items():
