@@ -29,10 +29,8 @@ class Exported(nn.Module):
         loadable(folder)
         try:
             from transformers import AutoModelForCausalLM
-            from transformers.utils.logging import disable_progress_bar
         except ImportError:
             raise ValueError("--exported needs transformers and compressed-tensors, as pyproject.toml pins them") from None
-        disable_progress_bar()
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         self.norm, self.config = self.model.model.norm, SimpleNamespace(seq_len=T)
 
