@@ -77,7 +77,7 @@ def save(
     temporary.mkdir(parents=True)
     try:
         record = {"version": VERSION, "step": step, **state}
-        with ThreadPoolExecutor() as pool:  # the disk and the hashes of a file work while the next is made
+        with ThreadPoolExecutor(2) as pool:  # disk and hashes work on a file while the next is made (each thread has a buffer)
             hashes = {}
 
             def written(name: str) -> None:
