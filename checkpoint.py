@@ -288,6 +288,14 @@ def _fill(model: GPT, tensors: dict[str, Tensor], file: Path, but: Iterable[str]
         model.get_submodule(module).register_buffer(buffer, tensors[name].to(p.device))
 
 
+def written(path: Path, what: str | bytes) -> Path:
+    """Write a file so that it is there whole or not at all: beside its place, then renamed. Raises OSError."""
+    beside = path.with_name(f".writing_{path.name}")
+    beside.write_bytes(what.encode() if isinstance(what, str) else what)
+    os.replace(beside, path)
+    return path
+
+
 def config_file(folder: Path) -> Path:
     """The config of a step: its own, or in format 1 that of its run."""
     own = folder / "config.toml"

@@ -33,10 +33,11 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 import checkpoint
+from checkpoint import written
 from data import Corpus
 from evaluation import draw, questions
 from evaluation.exported import Exported
-from evaluation.rows import Row, keep, row, shown, written
+from evaluation.rows import Row, keep, row, shown
 from evaluation.specs import named
 from evaluation.sweep import chosen, line, sweep, under
 from model import GPT

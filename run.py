@@ -124,12 +124,13 @@ class Run:
         """Create or continue the files of the run; metrics of later steps than `step` are cut off."""
         self.start = step
         self.claim()
-        _write(self.folder / "config.toml", dump(replace(self.config, run=replace(self.config.run, overwrite=False))))
-        _write(self.folder / "run.json", json.dumps(facts, indent=1))
+        config = replace(self.config, run=replace(self.config.run, overwrite=False))
+        checkpoint.written(self.folder / "config.toml", dump(config))
+        checkpoint.written(self.folder / "run.json", json.dumps(facts, indent=1))
         self.path = self.folder / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
-        _write(self.path, "".join(f"{line}\n" for line in kept))
+        checkpoint.written(self.path, "".join(f"{line}\n" for line in kept))
         self.board = SummaryWriter(str(self.folder / "tb"), purge_step=step + 1 if step else None)
 
     def write(self, metrics: dict[str, float], losses: list[float]) -> None:
@@ -160,13 +161,6 @@ class Run:
         except OSError:
             return "unknown"
         return done.stdout.strip() or "unknown"
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing: an interruption leaves the old file."""
-    temporary = path.with_name(f".writing_{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _step_of(line: str) -> int | None:

@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from checkpoint import Loaded
+from checkpoint import Loaded, written
 from configs import near
 from data import Corpus, prepare
-from evaluation.rows import written
 from model import GPT
 from quant.policy import unquantized
 

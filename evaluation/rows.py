@@ -11,13 +11,13 @@ Losses of models with different tokenizers, texts or T are losses of different t
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from checkpoint import written
 from data import Corpus
 from model import measure
 
@@ -55,14 +55,6 @@ def shown(name: str, found: Row, base: Row | None, width: int) -> str:
     """A line; `base`: None where there is nothing to differ from."""
     text = "" if base is None or base is found else "{:+14.4f} +- {:.4f}".format(*found.against(base))
     return f"{name:{width}}{found.loss:9.4f}{found.bpb:11.4f}  {text}".rstrip()
-
-
-def written(path: Path, what: str | bytes) -> Path:
-    """Write a file so that it is there whole or not at all: beside its place, then renamed. Raises OSError."""
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_bytes(what.encode() if isinstance(what, str) else what)
-    os.replace(beside, path)
-    return path
 
 
 def keep(path: Path, windows: int, rows: dict[str, dict]) -> list[str]:

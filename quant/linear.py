@@ -127,7 +127,7 @@ class Linear(nn.Linear):
 
     def dequantized(self, q: QTensor | Mixed) -> Tensor:
         """The weight that a QTensor of fprop.w stands for, fp32 [O, I], turned back from the basis it was quantised in."""
-        return self._turned_back("fprop.w", q.dequantize())
+        return self.plain("fprop.w", Operand(*decoded_values(q, self.recipe.fprop.w)))
 
     def plain(self, operand: str, x: Operand) -> Tensor:
         """What a GEMM has multiplied as `operand`, fp32 [R, K], turned back from the basis it was quantised in."""
