@@ -236,7 +236,10 @@ def fault(folder: Path, names: Iterable[str] | None = None) -> str | None:
 
 
 def _sha256_or_none(file: Path) -> str | None:
-    return sha256(file) if file.exists() else None
+    if not file.exists():
+        return None
+    with sealed.mapped(file) as whole:
+        return hashlib.sha256(whole).hexdigest()
 
 
 def intact(folder: Path, use: str = "{folder}", names: Iterable[str] | None = None) -> None:
@@ -358,41 +361,42 @@ def load_model(run_or_step: str | Path, weights: str = "master") -> Loaded:
     Raises ValueError if the checkpoint is damaged or absent.
     """
     folder = find(run_or_step)
-    files = ["model.safetensors"] * (weights == "master")  # (quantized.safetensors has a sha256 of its own, which is checked)
-    intact(folder, names=["config.toml", "state.json", "tokenizer.model", *files])
+    files = ["config.toml", "state.json", "tokenizer.model"]
     if weights == "quantized":
         if not (folder / "quantized.safetensors").exists():
             intact(folder, names=["quantized.safetensors"])
             raise ValueError(f"{folder} has no quantized.safetensors, since the run had run.quantized = false")
+        intact(folder, names=files)  # (quantized.safetensors has a sha256 of its own)
         return load_packed(folder / "quantized.safetensors")
-    state = json.loads((folder / "state.json").read_text())
-    config = load(config_file(folder))
-    model = _built(config, state)
-    _fill(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
-    model.requires_grad_(False)
-    return Loaded(model, config, _tokenizer(folder), state, folder)
+    with sealed.meanwhile(lambda: intact(folder, names=[*files, "model.safetensors"])):
+        state = json.loads((folder / "state.json").read_text())
+        config = load(config_file(folder), fits=False)
+        model = _built(config, state)
+        _fill(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
+        model.requires_grad_(False)
+        return Loaded(model, config, _tokenizer(folder), state, folder)
 
 
 def load_packed(file: str | Path) -> Loaded:
     """The model of one quantized.safetensors, wherever it lies; its tokenizer, if tokenizer.model lies beside it, else None.
     Raises ValueError if it is no such file."""
     file = Path(file)
-    tensors, found = sealed.read(file)
-    state = json.loads(found["state"])
-    if state["version"] > VERSION:
-        raise ValueError(f"{file} has format {state['version']}, of a newer narrow; this one reads up to {VERSION}")
-    with tempfile.TemporaryDirectory() as place:
-        (text := Path(place, "config.toml")).write_text(found["config"])
-        config = load(text)
-    model = _built(config, state)
-    codes = {name: from_state(name, tensors, each) for name, each in json.loads(found["specs"]).items()}
-    parts = {part for name, q in codes.items() for part in q.state(name)[0]}
-    modules = linears(model)
-    rest = {name: t for name, t in tensors.items() if name not in parts}
-    _fill(model, rest, file, but={f"{name}.weight" for name in codes})
-    model.requires_grad_(False)
-    for name, q in codes.items():
-        modules[name].use(q, master=True)
+    with sealed.read(file) as (tensors, found):
+        state = json.loads(found["state"])
+        if state["version"] > VERSION:
+            raise ValueError(f"{file} has format {state['version']}, of a newer narrow; this one reads up to {VERSION}")
+        with tempfile.TemporaryDirectory() as place:
+            (text := Path(place, "config.toml")).write_text(found["config"])
+            config = load(text, fits=False)
+        model = _built(config, state)
+        codes = {name: from_state(name, tensors, each) for name, each in json.loads(found["specs"]).items()}
+        parts = {part for name, q in codes.items() for part in q.state(name)[0]}
+        modules = linears(model)
+        rest = {name: t for name, t in tensors.items() if name not in parts}
+        _fill(model, rest, file, but={f"{name}.weight" for name in codes})
+        model.requires_grad_(False)
+        for name, q in codes.items():
+            modules[name].use(q, master=True)
     return Loaded(model, config, _tokenizer(file.parent), state, file.parent)
 
 

@@ -10,8 +10,12 @@ so that each tensor lies at a multiple of its own size. Any reader of safetensor
 
 import hashlib
 import json
+import mmap
+import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -65,25 +69,61 @@ def write(file: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Callable[
         out.write(digest.hexdigest().encode())
 
 
-def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors on the CPU, metadata) of a file that `write` has written. Raises ValueError if it is none, or not whole."""
+@contextmanager
+def read(file: Path) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
+    """`with read(file) as (tensors, metadata)`: of a file that `write` has written, tensors on the CPU. What the body makes of
+    them may be used after it, not in it: only then is the sha256 known to be right. Raises ValueError if it is not, whatever
+    the body has raised, or if the file is none of `write`."""
+    with meanwhile(lambda: intact(file)):
+        try:
+            with safe_open(file, "pt") as f:
+                found = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file}: {error}") from None
+        yield found
+
+
+def intact(file: Path) -> None:
+    """Raises ValueError if a file is not what `write` has written, bit for bit."""
     try:
-        with file.open("rb") as f:
-            size = int.from_bytes(f.read(8), "little")
-            if size > file.stat().st_size:
+        with mapped(file) as whole:
+            size = int.from_bytes(whole[:8], "little")
+            if size > len(whole):
                 raise ValueError(f"{file} is no safetensors file, or a truncated one")
-            f.seek(0)
-            head = f.read(8 + size)
+            head = bytes(whole[: 8 + size])
             if PLACE not in head:
                 raise ValueError(f"{file}: no model that stands alone, with its own sha256 in its metadata")
             place = head.index(PLACE) + len(PLACE)
             found = head[place : place + 64]
-            digest = hashlib.sha256(head[:place] + ZEROS.encode() + head[place + 64 :])
-            while piece := f.read(PIECE):
-                digest.update(piece)
-        if digest.hexdigest().encode() != found:
-            raise ValueError(f"{file} is truncated or altered (its sha256 is not the one in its metadata)")
-        with safe_open(file, "pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata()  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
+            digest = hashlib.sha256(head[:place] + ZEROS.encode())
+            digest.update(whole[place + 64 :])
+    except OSError as error:
         raise ValueError(f"{file}: {error}") from None
+    if digest.hexdigest().encode() != found:
+        raise ValueError(f"{file} is truncated or altered (its sha256 is not the one in its metadata)")
+
+
+@contextmanager
+def mapped(file: Path) -> Iterator[memoryview]:
+    """The bytes of a file, read where they are asked for. A hash of all at once lets other threads run while it is made; one
+    of pieces asks for Python's lock between them, and waits up to 5 ms for each. Raises OSError as files do."""
+    with file.open("rb") as f:
+        if not os.fstat(f.fileno()).st_size:  # which mmap refuses
+            yield memoryview(b"")
+            return
+        with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m, memoryview(m) as whole:
+            yield whole
+
+
+@contextmanager
+def meanwhile(verify: Callable[[], None]) -> Iterator[None]:
+    """Run the body while a thread verifies what the body reads: hashing is most of the time that reading takes. What `verify`
+    raises comes first, since damage may be why the body has raised."""
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(verify)
+        try:
+            yield
+        except Exception:
+            verified.result()
+            raise
+        verified.result()

@@ -119,14 +119,15 @@ class Config:
         return self.train.micro_batches * self.train.batch_size * self.model.seq_len
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read, merge, override, validate, and check that everything fits together. Raises ValueError, one sentence."""
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), fits: bool = True) -> Config:
+    """Read, merge, override, validate, and (`fits`: of what no run has begun with yet) check that everything fits together.
+    Raises ValueError, one sentence."""
     layers: list[tuple[str, dict]] = []  # a file or an override, and everything merged up to it
     for file, content in reversed(_read(Path(path))):
         layers.append((str(file), _merge(layers[-1][1] if layers else {}, content)))
     for override in overrides:
         layers.append((f"override {override!r}", _override(layers[-1][1], override)))
-    config, problems = _parse(layers[-1][1])
+    config, problems = _parse(layers[-1][1], fits)
     if config is None:
         problem, hint = next(iter(problems.items()))
         while len(layers) > 1 and problem in _parse(layers[-2][1])[1]:
@@ -297,7 +298,7 @@ def _override(raw: dict, text: str) -> dict:
     return raw
 
 
-def _parse(raw: dict) -> tuple[Config | None, dict[str, str]]:
+def _parse(raw: dict, fits: bool = True) -> tuple[Config | None, dict[str, str]]:
     """(the Config, {}), or (None, what is wrong: "key path: what" -> a hint at what would be right), missing keys last:
     a misspelt key is also missing."""
     raw, problems = _plain(raw), {}
@@ -327,7 +328,8 @@ def _parse(raw: dict) -> tuple[Config | None, dict[str, str]]:
         problems |= dict(map(_explain, error.errors()))
         return None, dict(sorted(problems.items(), key=lambda problem: problem[0].endswith("required")))
     try:
-        check(config)
+        if fits:
+            check(config)
     except ValueError as error:
         problems.setdefault(str(error), "")
     return None if problems else config, problems

@@ -78,7 +78,8 @@ def test_a_newer_format_is_refused(step, tmp_path):
     (newer / "MANIFEST.json").write_text(json.dumps(manifest | {"version": checkpoint.VERSION + 1}))
     with pytest.raises(ValueError, match=rf"has format {checkpoint.VERSION + 1}, of a newer narrow; this one reads up to"):
         checkpoint.load_model(newer)
-    tensors, metadata = sealed.read(step / "quantized.safetensors")
+    with sealed.read(step / "quantized.safetensors") as (tensors, metadata):
+        pass
     state = json.dumps(json.loads(metadata["state"]) | {"version": checkpoint.VERSION + 1})
     del metadata["sha256"]
     sealed.write(tmp_path / "newer.safetensors", tensors.items(), lambda: metadata | {"state": state})
@@ -122,14 +123,15 @@ def test_a_sealed_file_is_what_the_library_writes(tmp_path):
     tensors["scalar"] = torch.tensor(2.5)
     sealed.write(tmp_path / "ours", tensors.items(), lambda: {"k": "v"})
     save_file(tensors, tmp_path / "theirs")
-    found, metadata = sealed.read(tmp_path / "ours")
+    with sealed.read(tmp_path / "ours") as (found, metadata):
+        pass
     assert metadata.pop("sha256") and metadata == {"k": "v"}
     assert found.keys() == tensors.keys()
     for name, t in tensors.items():
         assert found[name].dtype == t.dtype and torch.equal(found[name], t)
         assert torch.equal(load_file(tmp_path / "ours")[name], t)
     with pytest.raises(ValueError, match="theirs: no model that stands alone, with its own sha256"):
-        sealed.read(tmp_path / "theirs")
+        sealed.intact(tmp_path / "theirs")
 
 
 PEAK = """
