@@ -101,9 +101,21 @@ class TrainConfig:
 
 
 @frozen
+class ParallelConfig:
+    """How the ranks of a run share it (parallel.py). Only `reduction` and `replicas` change numbers: the last bits of sums."""
+
+    replicas: int = Field(1, ge=1)  # HSDP: so many copies of the model, each cut over ranks / replicas of them
+    gather: Literal["weights", "codes"] = "weights"  # what all-gathers move: weights, or codes made before
+    reduction: Literal["ordered", "library"] = "ordered"  # gradients, added in the order of ranks or as NCCL does
+    prefetch: int = Field(1, ge=0)  # blocks that are gathered ahead
+    offload: bool = False  # masters and the optimiser's state on the CPU
+
+
+@frozen
 class Config:
     run: RunConfig = RunConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     specs: dict[str, Spec] = Field(default_factory=dict)

@@ -34,6 +34,7 @@ from quant.choice import Choice, Spec
 from quant.choose import choose
 from quant.context import Context, Decision
 from quant.encode import check, filled, rotated, transform, unclipped
+from quant.gathered import Copied, Gathered
 from quant.gemm import Operand, gemm, pick
 from quant.memory import WHOSE, Copies, checksum, decision, empty, gathered, settled
 from quant.metrics import operand_stats
@@ -65,7 +66,12 @@ class Linear(nn.Linear):
         self.context = Context()
         self._cache: dict = {}
         self._copies: dict[str, Copies] = {}
+        self.stamp = self._of_memory
         self._backends: dict[tuple, str] = {}
+
+    def _of_memory(self) -> tuple:
+        """Something that changes whenever the weight may have; `stamp` is another where ranks gather it (parallel.py)."""
+        return self.weight._version, self.weight.data_ptr()
 
     @property
     def recipe(self) -> Recipe | None:
@@ -298,9 +304,10 @@ class Linear(nn.Linear):
                 self._decided(operand, decision._replace(index=_turned_index(decision.index)))
         return once
 
-    def _source(self) -> Tensor:
-        """The weight as it is quantised: the fp32 master, or its BF16 copy if the recipe says so, rotated if it says so."""
-        weight = self.weight.detach()
+    def _source(self, rows: Tensor | None = None) -> Tensor:
+        """The weight, or some rows of it, as it is quantised: the fp32 master, or its BF16 copy if the recipe says so, rotated
+        if it says so."""
+        weight = self.weight.detach() if rows is None else rows
         if self.recipe and self.recipe.weights == "bf16":
             weight = weight.to(torch.bfloat16)
         return self._rotated(weight)
@@ -339,6 +346,9 @@ class Linear(nn.Linear):
             return Operand(w.t() if transpose else w, None, False)
         shared = transpose and not packed and self._shares_weight()
         name, held = "fprop.w" if shared else operand, None
+        if isinstance(self.weight, Gathered):  # (decoded at every use: it is here for no longer than that)
+            q = self.weight.operands.get(name) or self.weight.operands["fprop.w"].turned()
+            return _turned(_of(q, packed)) if shared else _of(q, packed)
         watched = self.context.stats is not None
         if spec.scale.history:  # noted also where an evaluation has filled the cache
             held = self._held(name, spec, self._original(operand, spec, dtype))
@@ -365,6 +375,8 @@ class Linear(nn.Linear):
 
     def _copy(self, dtype: torch.dtype) -> Tensor:
         """The weight in the compute dtype; cached only where no gradient flows through the cast."""
+        if isinstance(self.weight, Gathered):
+            return Copied.apply(self.weight)
         if dtype == self.weight.dtype or (self.recipe is None and torch.is_grad_enabled()):
             return self.weight.to(dtype)
         return self._cached("copy", dtype, lambda: self.weight.detach().to(dtype))
@@ -384,7 +396,7 @@ class Linear(nn.Linear):
         step = self.context.step if any(spec.keyed or spec.scale.history for spec in specs) else None
         if any(spec.ladder for spec in specs):  # it notes what it decides, once a step, in training
             step = self.context.step, self.training
-        return self.weight._version, self.weight.data_ptr(), kind, self.recipe, step
+        return self.stamp(), kind, self.recipe, step
 
 
 class Kept(NamedTuple):

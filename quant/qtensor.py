@@ -184,6 +184,13 @@ class QTensor:
             whole = whole * (part if whole.ndim == 0 else spread(part, *whole.shape))
         return whole
 
+    def turned(self) -> "QTensor":
+        """The QTensor of the transpose, where it has the same codes (`spec.transposes`)."""
+        codes = join(split(self.packed_codes, self.spec.element.bits), 1)
+        scale = None if self.scale_codes is None else self.scale_codes.t()
+        packed = pack(codes.t().contiguous(), self.spec.element.bits, 1)
+        return QTensor(packed, scale, self.outer_codes, self.spec, self.shape[::-1])
+
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._parts().values())
 

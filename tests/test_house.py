@@ -32,7 +32,7 @@ FLOORS = {
 QUANT = [
     ["fuse", "accumulate"], ["rounding", "random"], ["codebooks"], ["formats"], ["spec"], ["choice"],
     ["recipe", "scaling", "transform"], ["qtensor"], ["encode", "mixed"], ["metrics", "launch"], ["kernel"], ["choose"],
-    ["quantize", "memory", "native"], ["gemm"], ["context"], ["linear"], ["decisions", "site", "update", "moments"], ["policy"],
+    ["quantize", "memory", "native"], ["gemm"], ["context", "gathered"], ["linear"], ["decisions", "site", "update", "moments"], ["policy"],
 ]  # fmt: skip
 QUANT_FLOORS = {name: floor for floor, names in enumerate(QUANT) for name in names}
 

@@ -1,0 +1,376 @@
+"""Several ranks: who they are, FSDP2, and what its all-gathers move.
+
+    mesh [replicas, size / replicas]        rows O of every parameter [O, ...] cut over the second axis (FSDP), copied over the first
+    step     = micro_batches of the run, size of them at once: rank r has numbers r m, ..., r m + m - 1 of a step (m a rank)
+    loss, gradients = sums over ranks in the order of ranks, hence of micro-batches; each is divided by micro_batches beforehand
+
+What is added up in a fixed order has the same bits on 1, 2 and 4 ranks that have one micro-batch each. With more of them, or
+replicas, whole sums meet (a + b) + (c + d), and the last bits may differ.
+
+    gather = "weights"   fp32 rows of what is quantised from fp32, BF16 rows of Linears in the compute dtype. Every rank quantises
+                         the whole, once a step, and keeps that.
+    gather = "codes"     every rank quantises its own rows, once a step, under the amax of all (one MAX over ranks), and packed
+                         codes and scales are gathered: 4.03 bits a weight of NVFP4 in 16 x 16 blocks, where BF16 has 16
+
+Both through FSDP2's extension points (`fsdp_pre_all_gather`, `fsdp_post_all_gather` of the rows): codes are bit for bit those of
+one process, since blocks are whole in a shard. Where they are not, or a weight is quantised by chance, by a ladder or by a
+delayed scale, a Linear is gathered as under "weights", and `describe` says so.
+
+To autograd a gathered weight is fp32 [O, I], of which there are only codes (`Gathered`); gradients are fp32, cut by rows too.
+
+Left out: tensor and pipeline parallelism; sequences cut over ranks.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.tensor import DTensor
+
+from configs import ParallelConfig
+from model import GPT
+from quant.choice import Spec
+from quant.encode import check, rotated
+from quant.gathered import Gathered
+from quant.linear import Linear, linears
+from quant.qtensor import QTensor
+from quant.quantize import quantize
+
+T = TypeVar("T")
+
+
+class World:
+    """The ranks of a run, as torchrun starts them; one alone without it. Raises ValueError if replicas do not divide them."""
+
+    def __init__(self, replicas: int = 1):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.sharded = "RANK" in os.environ  # under torchrun also one rank shards, so that one code runs on 1, 2 and 4
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if self.size % replicas:
+            raise ValueError(f"parallel.replicas = {replicas} does not divide the {self.size} ranks")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.sharded:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=TIMEOUT))
+            shape = replicas, self.size // replicas
+            self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, micro_batches: int) -> range:
+        """Which micro-batches of a step are this rank's. Raises ValueError if they cannot be shared out equally."""
+        if micro_batches % self.size:
+            raise ValueError(f"train.micro_batches = {micro_batches} must be a multiple of the {self.size} ranks")
+        each = micro_batches // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def all(self, x: Tensor) -> Tensor:
+        """x of every rank, [ranks, ...], in their order."""
+        if not self.sharded:
+            return x[None]
+        found = x.new_empty(self.size, *x.shape)
+        dist.all_gather_single(found.view(-1), x.reshape(-1))
+        return found
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Of all ranks, added in their order."""
+        first, *others = self.all(x)
+        for other in others:
+            first = first + other
+        return first
+
+    def max(self, x: Tensor) -> Tensor:
+        """Of all ranks; a NaN stays (collectives of several libraries would lose it)."""
+        return self.all(x).amax(0)
+
+    def once(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first rank, on all of them; what it raises there, every rank raises."""
+        if not self.sharded:
+            return work()
+        told: list = [None]
+        if self.first:
+            try:
+                told = [(work(), None)]
+            except (ValueError, OSError) as error:
+                told = [(None, error)]
+        dist.broadcast_object_list(told, 0)
+        found, error = told[0]
+        if error is not None:
+            raise error
+        return found
+
+    def close(self) -> None:
+        if self.sharded:
+            dist.destroy_process_group()
+
+
+TIMEOUT = 60  # seconds that a rank waits for the others, then it says so and ends
+
+
+# --- what FSDP2 calls ---
+
+
+class Traffic:
+    """Bytes that this rank has received, by "all-gather" and "reduce-scatter", of parameters and gradients."""
+
+    def __init__(self) -> None:
+        self.received = {"all-gather": 0, "reduce-scatter": 0}
+
+    def note(self, what: str, whole: Tensor, ranks: int) -> None:
+        self.received[what] += whole.nbytes * (ranks - 1) // ranks
+
+
+class _Allocate:
+    def __init__(self, traffic: Traffic):
+        self.traffic = traffic
+
+    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class Gather(_Allocate, AllGather):
+    """All-gather, counted."""
+
+    def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        self.traffic.note("all-gather", output_tensor, group.size())
+        return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class OrderedSum(_Allocate, ReduceScatter):
+    """Reduce-scatter that adds in the order of ranks, counted: an all-to-all, then additions."""
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        self.traffic.note("reduce-scatter", input_tensor, group.size())
+        received = torch.empty_like(input_tensor)
+        dist.all_to_all_single(received, input_tensor, group=group)
+        first, *others = received.view(group.size(), -1)
+        output_tensor.copy_(first)
+        for other in others:
+            output_tensor.add_(other)
+
+
+class Sum(_Allocate, ReduceScatter):
+    """Reduce-scatter in the order of the library, counted."""
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        self.traffic.note("reduce-scatter", input_tensor, group.size())
+        return dist.reduce_scatter_single(output_tensor, input_tensor, op, group=group, async_op=async_op)
+
+
+REDUCTIONS = {"ordered": OrderedSum, "library": Sum}
+
+
+class Rows:
+    """The rows of a Linear's weight on this rank, and what is gathered of them: FSDP2 calls the two methods at its end.
+
+    `module.recipe` decides what; when that changes, FSDP2 starts again with buffers of other sizes.
+    """
+
+    def __init__(self, module: Linear, param: FSDPParam, codes: bool, dtype: torch.dtype):
+        self.module, self.param, self.dtype = module, param, dtype
+        self.wanted = codes
+        self.made: dict[str, QTensor] = {}
+        self.layout: tuple = ()
+        rows = self.rows
+        rows.fsdp_pre_all_gather, rows.fsdp_post_all_gather = self.fsdp_pre_all_gather, self.fsdp_post_all_gather
+        param._init_extensions()
+
+    @property
+    def rows(self) -> Tensor:
+        """fp32 [O / ranks, I], the master."""
+        return self.param.sharded_param._local_tensor
+
+    @property
+    def ranks(self) -> int:
+        return self.param.mesh_info.shard_mesh_size
+
+    def specs(self) -> dict[str, Spec | None]:
+        """Of the operands that the weight is; without W^T where that has the codes of W."""
+        if (recipe := self.module.recipe) is None:
+            return {"copy": None}
+        shared = recipe.fprop.w == recipe.dgrad.w and (recipe.fprop.w is None or recipe.fprop.w.transposes)
+        return {"fprop.w": recipe.fprop.w} | ({} if shared else {"dgrad.w": recipe.dgrad.w})
+
+    def why_not(self) -> str:
+        """Why codes cannot be made of these rows alone; empty if they can."""
+        if (recipe := self.module.recipe) is None:
+            return "in the compute dtype"
+        if self.ranks == 1:
+            return "one rank has all rows"
+        if recipe.clip:
+            return "clipping looks at the weight"
+        for operand, spec in self.specs().items():
+            if spec is None:
+                continue
+            if spec.ladder:
+                return f"{operand} is chosen by the whole weight"
+            if spec.keyed:
+                return f"{operand} is rounded by chance"
+            if spec.scale.history:
+                return f"{operand} remembers amaxes"
+            if spec.source == "fprop":
+                return f"{operand} is quantised twice"
+            turned = operand == "dgrad.w"
+            if spec.block[turned] == -1 and not self.whole(spec):
+                return f"{operand} has scales over all rows"
+            if spec.scale.outer == "row" and turned:
+                return f"{operand} has scales over all rows"
+            try:
+                O, I = len(self.module.weight), self.module.in_features
+                if O % self.ranks:
+                    return f"{O} rows on {self.ranks} ranks"
+                check((I, O // self.ranks) if turned else (O // self.ranks, I), spec, operand)
+            except ValueError as error:
+                return f"cut over {self.ranks} ranks, {error}"
+        return ""
+
+    @staticmethod
+    def whole(spec: Spec) -> bool:
+        """Whether one scale spans the tensor, and so the rows of all ranks."""
+        return spec.scale.outer == "tensor" or spec.block == (-1, -1)
+
+    @property
+    def codes(self) -> bool:
+        return self.wanted and not self.why_not()
+
+    def seen(self) -> dict[str, Tensor]:
+        """Operand -> the rows as its quantiser takes them, contraction last."""
+        rows = self.module._source(self.rows.detach())
+        return {name: rows.t() if name == "dgrad.w" else rows for name, spec in self.specs().items() if spec}
+
+    @torch.no_grad()
+    def amaxes(self) -> list[Tensor]:
+        """Of each operand that has one scale over the ranks."""
+        keys = {name: self.module._keys(name, spec)[1] for name, spec in self.specs().items() if spec}
+        return [
+            rotated(x, spec, keys[name]).abs().amax().float() if x.numel() else x.new_zeros(())
+            for name, x in self.seen().items()
+            if self.whole(spec := self.specs()[name])
+        ]
+
+    @torch.no_grad()
+    def make(self, amaxes: Iterable[Tensor]) -> None:
+        """Quantise the rows, under these amaxes (an iterator, shared with the Linears to come)."""
+        self.made = {}
+        for name, x in self.seen().items():
+            spec = self.specs()[name]
+            held = next(amaxes) if self.whole(spec) else None
+            self.made[name] = quantize(x, spec, *self.module._keys(name, spec), held)
+
+    # --- FSDP2's extension points ---
+
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+        """-> (what is gathered of these rows, [rows, ...] each; what the other end needs to know)."""
+        if self.module.recipe and not self.codes:
+            parts, told = [self.padded(self.rows)], None
+        else:
+            parts, told = [], []
+            for name, spec in self.specs().items():
+                tensors = self.stacked(name) if spec else [self.padded(self.rows.to(self.dtype))]
+                told.append((name if spec else "copy", len(tensors)))
+                parts += tensors
+        layout = tuple((p.shape, p.dtype) for p in parts), told is None
+        if layout != self.layout:
+            self.layout, self.param.all_gather_outputs = layout, []
+            vars(self.param).pop("_unsharded_param", None)
+        return tuple(parts), told
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """As many rows as the first rank has."""
+        short = self.param.padded_sharded_param_size[0] - len(rows)
+        return F.pad(rows, (0, 0, 0, short)) if short else rows
+
+    def stacked(self, name: str) -> list[Tensor]:
+        """The parts of codes that differ between ranks, rows of the weight first."""
+        return [(part.t() if name == "dgrad.w" else part).contiguous() for part, cut in self.parts(name) if cut]
+
+    def parts(self, name: str) -> list[tuple[Tensor | None, bool]]:
+        """Codes, scales and outer scales of an operand, and which of them are cut over the ranks."""
+        q = self.made[name]
+        across = q.spec.block[name == "dgrad.w"] == -1  # one scale for all rows
+        outer = q.outer_codes is not None and q.outer_codes.ndim > 0
+        return [(q.packed_codes, True), (q.scale_codes, q.scale_codes is not None and not across), (q.outer_codes, outer)]
+
+    def fsdp_post_all_gather(self, outputs, told, param_dtype, *, out=None):
+        """The gathered parts -> the weight that Linear sees."""
+        if told is None:
+            return None if out is not None else (outputs[0], ())
+        found, left = {}, list(outputs)
+        for name, count in told:
+            parts, left = left[:count], left[count:]
+            if name == "copy":
+                found[name] = parts[0][: self.param._orig_size[0]]
+                continue
+            given, turned = iter(parts), name == "dgrad.w"
+            whole = [(next(given).t() if turned else next(given)) if cut else part for part, cut in self.parts(name)]
+            O, I = self.param._orig_size
+            found[name] = QTensor(*whole, self.made[name].spec, (I, O) if turned else (O, I))
+        if out is not None:
+            out.operands = found
+            return None
+        return Gathered(self.param._orig_size, self.rows.device, found), ()
+
+
+class Shards:
+    """A model cut over ranks. `parameters`: name -> this rank's rows, plain fp32 tensors, for optimiser and checkpoints."""
+
+    def __init__(self, model: GPT, world: World, config: ParallelConfig):
+        self.model, self.world, self.config, self.traffic = model, world, config, Traffic()
+        self.updates = 0
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.offload else OffloadPolicy()
+        mesh = world.mesh if config.replicas > 1 else world.mesh["shard"]
+        # Weights are let go after forward everywhere, also of the head, which backward begins with: between a step and an
+        # evaluation in another precision nothing may be left of what was gathered.
+        given = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload, "reshard_after_forward": True}
+        blocks = list(model.blocks)
+        groups = [*blocks, model]
+        for group in groups:
+            fully_shard(group, **given)
+            group.set_custom_all_gather(Gather(self.traffic))
+            group.set_custom_reduce_scatter(REDUCTIONS[config.reduction](self.traffic))
+            group.set_force_sum_reduction_for_comms(True)
+            group.set_gradient_divide_factor(1.0)
+        for i, block in enumerate(blocks):
+            block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + config.prefetch])
+            block.set_modules_to_backward_prefetch(blocks[max(i - config.prefetch, 0) : i][::-1])
+        found = [p for group in groups for p in group._get_fsdp_state()._fsdp_param_groups[0].fsdp_params]
+        self.rows = {}
+        for name, module in linears(model).items():
+            (param,) = (p for p in found if p._module_info.module is module or module in p._module_info.shared_modules)
+            module.stamp = lambda: self.updates
+            if not param._module_info.shared_modules:
+                self.rows[name] = Rows(module, param, config.gather == "codes", model.dtype)
+        self.parameters = {name: nn.Parameter(p._local_tensor) for name, p in model.named_parameters()}
+
+    def changed(self) -> None:
+        """After every change of the weights or of the policy: each rank quantises its rows, where codes are gathered."""
+        self.updates += 1
+        rows = [r for r in self.rows.values() if r.codes]
+        amaxes = [a for r in rows for a in r.amaxes()]
+        amaxes = iter(self.world.max(torch.stack(amaxes)).unbind() if amaxes else ())
+        for r in rows:
+            r.make(amaxes)
+
+    def last(self, yes: bool) -> None:
+        """Whether gradients are summed over ranks after the next backward."""
+        for module in [*self.model.blocks, self.model]:
+            module.set_requires_gradient_sync(yes, recurse=False)
+
+    def gradients(self) -> None:
+        """Give the rows of the gradients to `parameters`."""
+        for name, p in self.model.named_parameters():
+            self.parameters[name].grad = p.grad._local_tensor if p.grad is not None else None
