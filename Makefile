@@ -33,8 +33,8 @@ setup: $(ready) ## .venv with the pinned dependencies [PYTHON=python3.12 DEVICE=
 data: config-exists $(ready) ## prepare the data of a config and stop [CONFIG=configs/x.toml ARGS="key=value ..."]
 	$(py) train.py $(CONFIG) $(ARGS) --data
 
-train: config-exists $(ready) ## prepare the data and train [CONFIG=configs/x.toml ARGS="train.steps=100 run.name=a ..."]
-	$(py) train.py $(CONFIG) $(ARGS)
+train: config-exists $(ready) ## prepare the data and train [CONFIG=configs/x.toml NGPU=2 ARGS="train.steps=100 run.name=a ..."]
+	$(py) $(if $(filter-out 1,$(NGPU)),launch.py $(NGPU)) train.py $(CONFIG) $(ARGS)
 
 plot: run-given $(ready) ## pictures of runs: loss, which formats were chosen where, gaps [RUN="out/A out/B"]
 	$(py) plot.py $(RUN)
@@ -112,7 +112,6 @@ clean: ## delete .venv and caches; out/ and data/cache/ stay
 
 config-exists:
 	$(if $(wildcard $(CONFIG)),,$(error CONFIG=$(CONFIG): no such file; there are $(wildcard configs/*.toml)))
-	$(if $(filter-out 1,$(NGPU)),$(error NGPU=$(NGPU): train.py runs on one device so far))
 	@:
 
 run-given:

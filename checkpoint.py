@@ -16,7 +16,7 @@ Written to a temporary folder, every file fsynced, the folder renamed: a kill at
 worst a folder that is never read. Whoever reads a file checks its sha256 first. Nothing of a random generator is stored,
 because nothing draws from one: noise and data are functions of the counters in state.json.
 
-Left out so far: several ranks. Other layouts are written by export.py.
+Several ranks write the same files (saving.py). Other layouts are written by export.py.
 """
 
 import hashlib
@@ -25,9 +25,10 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,9 +40,10 @@ import sealed
 from configs import Config, load
 from data import Tokenizer
 from model import GPT, rope_table
+from parallel import Whole
 from quant import QTensor, WeightStore, assign, assign_sites, attach
 from quant.context import Context
-from quant.linear import linears
+from quant.linear import linears, memory
 from quant.mixed import Mixed, from_state
 from quant.moments import NAMES, AdamW
 
@@ -72,34 +74,35 @@ def save(
 
     Raises OSError, with what is safe in its message, if it cannot be written; earlier steps are untouched then.
     """
+    record = {"version": VERSION, "step": step, **state}
+    with writing(run, step, keep) as (temporary, written):
+        save_file(parameters(model), temporary / "model.safetensors")
+        written("model.safetensors")
+        compensation = {f"compensation.{name}": c for name, c in store.compensation.items()} if store else {}
+        found, kept = moments(dict(model.named_parameters()), optimizer)
+        metadata = {"specs": json.dumps(kept), "power": json.dumps(optimizer.power)} if kept else None
+        save_file(found | compensation, temporary / "optimizer.safetensors", metadata=metadata)
+        written("optimizer.safetensors")
+        write_rest(temporary, run, model, record, tokenizer, quantized)
+    return step_folder(run, step)
+
+
+@contextmanager
+def writing(run: Path, step: int, keep: int) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """`with writing(...) as (folder, written)`: a folder for the files of a step. written(name): that one is, and disk and
+    hashes may work on it while the next is made. At the end they all are; the folder is sealed and gets its name, and all steps
+    but the newest `keep` go. Raises OSError, with what is safe in its message."""
     folder, temporary = step_folder(run, step), run / f".writing_step_{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        record = {"version": VERSION, "step": step, **state}
-        with ThreadPoolExecutor(2) as pool:  # disk and hashes work on a file while the next is made (each thread has a buffer)
+        with ThreadPoolExecutor(2) as pool:  # (each thread has a buffer)
             hashes = {}
 
             def written(name: str) -> None:
                 hashes[name] = pool.submit(_settle, temporary / name)
 
-            save_file(parameters(model), temporary / "model.safetensors")
-            written("model.safetensors")
-            compensation = {f"compensation.{name}": c for name, c in store.compensation.items()} if store else {}
-            moments, kept = _moments(model, optimizer)
-            metadata = {"specs": json.dumps(kept), "power": json.dumps(optimizer.power)} if kept else None
-            save_file(moments | compensation, temporary / "optimizer.safetensors", metadata=metadata)
-            written("optimizer.safetensors")
-            shutil.copyfile(run / "config.toml", temporary / "config.toml")
-            if tokenizer:
-                shutil.copyfile(tokenizer, temporary / "tokenizer.model")
-            (temporary / "state.json").write_text(json.dumps(record, indent=1))
-            if quantized:
-                specs: dict[str, dict] = {}
-                texts = {"state": json.dumps(record), "config": (run / "config.toml").read_text()}
-                file = temporary / "quantized.safetensors"
-                sealed.write(file, packed(model, specs), lambda: {"specs": json.dumps(specs), **texts})
-                written(file.name)
+            yield temporary, written
             for file in temporary.iterdir():
                 if file.name not in hashes:
                     written(file.name)
@@ -123,7 +126,19 @@ def save(
             _set_aside(step_folder(run, old))
     for old in run.glob(".old_step_*"):
         shutil.rmtree(old)
-    return folder
+
+
+def write_rest(folder: Path, run: Path, model: GPT, record: dict, tokenizer: Path | None, quantized: bool) -> None:
+    """The files of a step beside masters and moments."""
+    shutil.copyfile(run / "config.toml", folder / "config.toml")
+    if tokenizer:
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    (folder / "state.json").write_text(json.dumps(record, indent=1))
+    if quantized:
+        specs: dict[str, dict] = {}
+        texts = {"state": json.dumps(record), "config": (run / "config.toml").read_text()}
+        file = folder / "quantized.safetensors"
+        sealed.write(file, packed(model, specs), lambda: {"specs": json.dumps(specs), **texts})
 
 
 def _set_aside(folder: Path) -> None:
@@ -156,7 +171,7 @@ def size_estimate(model: nn.Module, optimizer: AdamW, store: WeightStore) -> int
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, and what Linears remember (delayed scaling); tied ones once."""
-    return {name: p.detach() for name, p in model.named_parameters()} | _memory(model)
+    return {name: p.detach() for name, p in model.named_parameters()} | memory(model)
 
 
 def packed(model: GPT, specs: dict[str, dict]) -> Iterator[tuple[str, Tensor]]:
@@ -172,15 +187,10 @@ def packed(model: GPT, specs: dict[str, dict]) -> Iterator[tuple[str, Tensor]]:
             yield name, p.to(model.dtype) if owner in modules or owner == "embedding" else p
 
 
-def _memory(model: nn.Module) -> dict[str, Tensor]:
-    buffers = dict(model.named_buffers())
-    return {name: t for name, t in model.state_dict().items() if name in buffers}
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict]]:
+def moments(parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict]]:
     """(the tensors of optimizer.safetensors, the description of each that is kept as codes)."""
     tensors, specs = {}, {}
-    for name, p in model.named_parameters():
+    for name, p in parameters.items():
         for key, kept in optimizer.state.get(p, {}).items():
             if isinstance(kept, QTensor):
                 parts, specs[f"{key}.{name}"] = kept.state(f"{key}.{name}")
@@ -254,20 +264,24 @@ def intact(folder: Path, use: str = "{folder}", names: Iterable[str] | None = No
     raise ValueError(f"{wrong}; {offer}")
 
 
-def restore(folder: Path, model: GPT, optimizer: AdamW, store: WeightStore | None = None) -> dict:
-    """Load masters, memory and moments into a model, its optimiser and the store of its weights; returns state.json. Moments
-    that were kept in another way are converted, and a line says so. Raises ValueError if damaged or if the model has other
-    parameters."""
-    intact(folder)
+def restore(folder: Path, shards: Whole, optimizer: AdamW, store: WeightStore | None = None) -> dict:
+    """Load masters, memory and moments into a model, its optimiser and the store of its weights, or those rows that are on
+    this rank; returns state.json. Moments that were kept in another way are converted, and a line says so. Raises ValueError if
+    damaged or if the model has other parameters."""
+    shards.once(lambda: intact(folder))
     state = json.loads((folder / "state.json").read_text())
-    _fill(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
+    fill(shards, load_file(folder / "model.safetensors"), folder / "model.safetensors")
     path, converted = folder / "optimizer.safetensors", []
     with safe_open(path, "pt") as f:
         specs, power = (json.loads((f.metadata() or {}).get(key, no)) for key, no in (("specs", "{}"), ("power", "1")))
-    tensors = load_file(path, device=str(next(model.parameters()).device))
-    for name, p in model.named_parameters():
+    specs, power = state.get("moments", {"specs": specs, "power": power}).values()  # (in the state, if several ranks wrote it)
+    whole = load_file(path)
+    for name, p in shards.parameters.items():
         places = {key: f"{key}.{name}" for key in NAMES}
+        mine = (key for key in whole if name in (key.partition(".")[2], key.partition(".")[2].rpartition(".")[0]))
+        tensors = {key: (t[shards.rows(name)] if (t := whole[key]).ndim else t).to(p.device) for key in mine}
         found = {key: from_state(place, tensors, specs[place]) for key, place in places.items() if place in specs}
+        found = {key: replace(q, shape=tuple(p.shape)) for key, q in found.items()}
         if found := found | {key: tensors[place] for key, place in places.items() if place in tensors}:
             converted += filter(None, [optimizer.adopt(p, state["step"], found, power)])
         if store and store.weights.kahan and f"compensation.{name}" in tensors:
@@ -278,17 +292,17 @@ def restore(folder: Path, model: GPT, optimizer: AdamW, store: WeightStore | Non
 
 
 @torch.no_grad()
-def _fill(model: GPT, tensors: dict[str, Tensor], file: Path, but: Iterable[str] = ()) -> None:
-    for name, p in model.named_parameters():
+def fill(shards: Whole, tensors: dict[str, Tensor], file: Path, but: Iterable[str] = ()) -> None:
+    for name in shards.parameters:
         if name in but:
             continue
-        shape = tuple(tensors[name].shape) if name in tensors else "nothing"
-        if shape != tuple(p.shape):
-            raise ValueError(f"{file}: {name} is {shape}, the config's model wants {tuple(p.shape)}")
-        p.copy_(tensors[name])
-    for name in tensors.keys() - dict(model.named_parameters()).keys():  # memory, of whatever recipe had one
+        shape, wanted = tuple(tensors[name].shape) if name in tensors else "nothing", tuple(shards.shape(name))
+        if shape != wanted:
+            raise ValueError(f"{file}: {name} is {shape}, the config's model wants {wanted}")
+        shards.put(name, tensors[name])
+    for name in tensors.keys() - shards.parameters.keys():  # memory, of whatever recipe had one
         module, _, buffer = name.rpartition(".")
-        model.get_submodule(module).register_buffer(buffer, tensors[name].to(p.device))
+        shards.model.get_submodule(module).register_buffer(buffer, tensors[name].to(shards.device))
 
 
 def written(path: Path, what: str | bytes) -> Path:
@@ -371,8 +385,8 @@ def load_model(run_or_step: str | Path, weights: str = "master") -> Loaded:
     with sealed.meanwhile(lambda: intact(folder, names=[*files, "model.safetensors"])):
         state = json.loads((folder / "state.json").read_text())
         config = load(config_file(folder), fits=False)
-        model = _built(config, state)
-        _fill(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
+        model = built(config, state)
+        fill(Whole(model), load_file(folder / "model.safetensors"), folder / "model.safetensors")
         model.requires_grad_(False)
         return Loaded(model, config, _tokenizer(folder), state, folder)
 
@@ -388,12 +402,12 @@ def load_packed(file: str | Path) -> Loaded:
         with tempfile.TemporaryDirectory() as place:
             (text := Path(place, "config.toml")).write_text(found["config"])
             config = load(text, fits=False)
-        model = _built(config, state)
+        model = built(config, state)
         codes = {name: from_state(name, tensors, each) for name, each in json.loads(found["specs"]).items()}
         parts = {part for name, q in codes.items() for part in q.state(name)[0]}
         modules = linears(model)
         rest = {name: t for name, t in tensors.items() if name not in parts}
-        _fill(model, rest, file, but={f"{name}.weight" for name in codes})
+        fill(Whole(model), rest, file, but={f"{name}.weight" for name in codes})
         model.requires_grad_(False)
         for name, q in codes.items():
             modules[name].use(q, master=True)
@@ -414,7 +428,7 @@ def codes(folder: Path) -> dict[str, QTensor | Mixed]:
     return {name: from_state(name, tensors, each) for name, each in specs.items()}
 
 
-def _built(config: Config, state: dict) -> GPT:
+def built(config: Config, state: dict) -> GPT:
     """The model at a place in the run, without its parameters."""
     with torch.device("meta"):  # nobody draws initial weights for what is filled at once
         model = GPT(config.model, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]).eval()

@@ -111,7 +111,7 @@ def trainer_for(config: Config, path: Path, start: int, corpus) -> Trainer:
         if start:
             folder = checkpoint.find(checkpoint.step_folder(path, start))
             checkpoint.intact(folder)
-            checkpoint.restore(folder, trainer.model, trainer.optimizer, trainer.store)
+            checkpoint.restore(folder, trainer.shards, trainer.optimizer, trainer.store)
         trainer.context.decisions = None
     return trainer
 

@@ -19,7 +19,7 @@ Left out: Mamba blocks (the paper's 12B is a hybrid), mixture of experts, dropou
 """
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Literal
 
 import torch
@@ -173,15 +173,19 @@ class GPT(nn.Module):
         self.register_buffer("rope", rope_table(config, self.norm.weight.device), persistent=False)
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> "GPT":
+    def initialise(self, seed: int, put: Callable[[str, Tensor], object] | None = None) -> "GPT":
         """Normal(0, 0.02), and 0.02 / sqrt(2 blocks) for the two matrices of a block that write to the residual stream
-        (GPT-2's rule). Draws from a generator of its own."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
+        (GPT-2's rule); gains are 1. Draws from a generator of its own. put(name, on the CPU): where it does not go into the
+        parameter itself."""
+        generator, found = torch.Generator().manual_seed(seed), dict(self.named_parameters())
+        put = put or (lambda name, x: found[name].copy_(x))
+        for name, p in found.items():
             if p.ndim == 2:
                 residual = name.endswith(("attn.out.weight", "ffn.down.weight"))
                 std = 0.02 / (2 * self.config.blocks) ** 0.5 if residual else 0.02
-                p.copy_(torch.randn(p.shape, generator=generator) * std)
+                put(name, torch.randn(p.shape, generator=generator) * std)
+            else:
+                put(name, torch.ones(p.shape))
         return self
 
     def forward(self, tokens: Tensor, cache: list[Past] | None = None) -> Tensor:
@@ -261,23 +265,31 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
 
 
 @torch.no_grad()
-def measure(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], bytes_per_token: Tensor) -> tuple[float, float]:
+def measure(
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    bytes_per_token: Tensor,
+    gathered: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> tuple[float, float]:
     """(loss in nats a token, bits per byte) of a model over batches of x, y int64 [B, T].
+
+    gathered: makes of the sums fp64 [batches, 4] of this rank those of all batches, in their order.
 
     Bits per byte = nats of all tokens that stand for text, over ln 2 times their UTF-8 bytes; special tokens count in
     neither sum, so that models with different tokenizers compare (nanochat's definition).
     """
     device, training = model.norm.weight.device, model.training
     size_of = bytes_per_token.to(device)
-    nats, text_nats, size, count = 0.0, 0.0, 0, 0
+    found = []
     model.eval()
     for x, y in batches:
         x, y = x.to(device), y.to(device)
         losses, sizes = model.loss(x, y, reduction="none").double(), size_of[y].flatten()
-        nats, text_nats = nats + losses.sum(), text_nats + losses[sizes > 0].sum()
-        size, count = size + sizes.sum(), count + losses.numel()
+        count = torch.full((), losses.numel(), device=device)
+        found.append(torch.stack([losses.sum(), losses[sizes > 0].sum(), sizes.sum().double(), count.double()]))
     model.train(training)
-    return float(nats) / count, float(text_nats) / float(size) / math.log(2)
+    nats, text_nats, size, count = map(sum, gathered(torch.stack(found)).t().tolist())
+    return nats / count, text_nats / size / math.log(2)
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -1,19 +1,19 @@
 """Several ranks: who they are, FSDP2, and what its all-gathers move.
 
-    mesh [replicas, size / replicas]        rows O of every parameter [O, ...] cut over the second axis (FSDP), copied over the first
+    mesh [replicas, size / replicas]    every parameter [O, ...] is cut by rows over the second axis (FSDP), copied over the 1st
     step     = micro_batches of the run, size of them at once: rank r has numbers r m, ..., r m + m - 1 of a step (m a rank)
     loss, gradients = sums over ranks in the order of ranks, hence of micro-batches; each is divided by micro_batches beforehand
 
 What is added up in a fixed order has the same bits on 1, 2 and 4 ranks that have one micro-batch each. With more of them, or
 replicas, whole sums meet (a + b) + (c + d), and the last bits may differ.
 
-    gather = "weights"   fp32 rows of what is quantised from fp32, BF16 rows of Linears in the compute dtype. Every rank quantises
-                         the whole, once a step, and keeps that.
+    gather = "weights"   fp32 rows of what is quantised from fp32, BF16 rows of Linears in the compute dtype. Every rank
+                         quantises the whole, once a step, and keeps that.
     gather = "codes"     every rank quantises its own rows, once a step, under the amax of all (one MAX over ranks), and packed
                          codes and scales are gathered: 4.03 bits a weight of NVFP4 in 16 x 16 blocks, where BF16 has 16
 
-Both through FSDP2's extension points (`fsdp_pre_all_gather`, `fsdp_post_all_gather` of the rows): codes are bit for bit those of
-one process, since blocks are whole in a shard. Where they are not, or a weight is quantised by chance, by a ladder or by a
+Both through FSDP2's extension points (`fsdp_pre_all_gather`, `fsdp_post_all_gather` of the rows): codes are bit for bit those
+of one process, since blocks are whole in a shard. Where they are not, or a weight is quantised by chance, by a ladder or by a
 delayed scale, a Linear is gathered as under "weights", and `describe` says so.
 
 To autograd a gathered weight is fp32 [O, I], of which there are only codes (`Gathered`); gradients are fp32, cut by rows too.
@@ -22,9 +22,9 @@ Left out: tensor and pipeline parallelism; sequences cut over ranks.
 """
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -35,14 +35,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-from torch.distributed.tensor import DTensor
 
-from configs import ParallelConfig
-from model import GPT
+from configs import Config
+from model import GPT, rope_table
 from quant.choice import Spec
 from quant.encode import check, rotated
 from quant.gathered import Gathered
-from quant.linear import Linear, linears
+from quant.linear import Linear, linears, memory
 from quant.qtensor import QTensor
 from quant.quantize import quantize
 
@@ -50,20 +49,27 @@ T = TypeVar("T")
 
 
 class World:
-    """The ranks of a run, as torchrun starts them; one alone without it. Raises ValueError if replicas do not divide them."""
+    """The ranks of a run, as torchrun starts them; one alone without it, or if it is to be. Raises ValueError if replicas do
+    not divide them."""
 
-    def __init__(self, replicas: int = 1):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.sharded = "RANK" in os.environ  # under torchrun also one rank shards, so that one code runs on 1, 2 and 4
+    def __init__(self, replicas: int = 1, alone: bool = False):
+        self.sharded = "RANK" in os.environ and not alone  # under torchrun also one rank shards: one code for 1, 2 and 4
+        self.rank, self.size = (int(os.environ[key]) if self.sharded else n for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        self.replicas = replicas
         if self.size % replicas:
             raise ValueError(f"parallel.replicas = {replicas} does not divide the {self.size} ranks")
         if cuda:
             torch.cuda.set_device(self.device)
+        elif self.sharded:
+            torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["LOCAL_WORLD_SIZE"])))
         if self.sharded:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=TIMEOUT))
+            if not dist.is_initialized():
+                how = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+                dist.init_process_group(how, timeout=timedelta(seconds=TIMEOUT))
             shape = replicas, self.size // replicas
+            self.shard_rank = self.rank % shape[1]
             self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     @property
@@ -92,25 +98,37 @@ class World:
             first = first + other
         return first
 
+    def sum_of_shards(self, x: Tensor) -> Tensor:
+        """Of the ranks of one replica, as of every other."""
+        return self.sum(x) if self.replicas == 1 else self.all(x)[: self.size // self.replicas].sum(0)
+
     def max(self, x: Tensor) -> Tensor:
         """Of all ranks; a NaN stays (collectives of several libraries would lose it)."""
         return self.all(x).amax(0)
 
+    def some(self, batches: Iterable[T], count: int) -> Iterator[T]:
+        """Every size-th of `count` batches, from this rank's on; all of them where they cannot be shared out equally."""
+        return iter(batches) if count % self.size else islice(batches, self.rank, None, self.size)
+
+    def together(self, count: int) -> Callable[[Tensor], Tensor]:
+        """What puts the rows [batches, ...] that ranks have found of `some` of them together, in their order."""
+        return lambda x: x if count % self.size else self.all(x).transpose(0, 1).flatten(0, 1)
+
     def once(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the first rank, on all of them; what it raises there, every rank raises."""
+        """What `work` returns on the first rank, on all of them; if it raises there, the others end quietly."""
         if not self.sharded:
             return work()
         told: list = [None]
         if self.first:
             try:
-                told = [(work(), None)]
+                told = [(work(),)]
             except (ValueError, OSError) as error:
-                told = [(None, error)]
+                dist.broadcast_object_list([None], 0)
+                raise error
         dist.broadcast_object_list(told, 0)
-        found, error = told[0]
-        if error is not None:
-            raise error
-        return found
+        if told[0] is None:  # the first says why
+            raise SystemExit(2)
+        return told[0][0]
 
     def close(self) -> None:
         if self.sharded:
@@ -118,6 +136,21 @@ class World:
 
 
 TIMEOUT = 60  # seconds that a rank waits for the others, then it says so and ends
+LOST = 4  # exit code of a rank that misses another
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether an error says that another rank is gone."""
+    words = (
+        "closed by peer",
+        "reset by peer",
+        "Broken pipe",
+        "Timed out",
+        "timed out",
+        "Connection refused",
+        "failed to connect",
+    )
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 # --- what FSDP2 calls ---
@@ -324,12 +357,65 @@ class Rows:
         return Gathered(self.param._orig_size, self.rows.device, found), ()
 
 
-class Shards:
-    """A model cut over ranks. `parameters`: name -> this rank's rows, plain fp32 tensors, for optimiser and checkpoints."""
+class Whole:
+    """A model on one rank. `parameters`: name -> what of each parameter is here, for the optimiser and for checkpoints."""
 
-    def __init__(self, model: GPT, world: World, config: ParallelConfig):
+    def __init__(self, model: GPT):
+        self.model = model
+        self.parameters = dict(model.named_parameters())
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    def shape(self, name: str) -> torch.Size:
+        """Of a parameter, all its rows."""
+        return self.model.get_parameter(name).shape
+
+    def rows(self, name: str) -> slice:
+        """Which rows of a parameter are here."""
+        return slice(None)
+
+    def once(self, work: Callable[[], T]) -> T:
+        """`World.once`."""
+        return work()
+
+    def changed(self) -> None:
+        """After every change of the weights."""
+        # Fused optimisers leave the version counters alone (torch 2.13), by which Linears know that a weight has changed.
+        torch.autograd.graph.increment_version(self.model.parameters())
+
+    def assigned(self) -> None:
+        """After every change of the recipes."""
+
+    def last(self, yes: bool) -> None:
+        """Whether gradients are summed over ranks after the next backward."""
+
+    def gradients(self) -> None:
+        """Give `parameters` their gradients, after the backward of a step; and ranks what each other remember."""
+
+    @torch.no_grad()
+    def put(self, name: str, x: Tensor) -> None:
+        """Give a parameter, or what of it is here, its value, of which x is the whole."""
+        self.parameters[name].copy_(x[self.rows(name)])
+
+    def describe(self) -> list[str]:
+        return []
+
+
+class Shards(Whole):
+    """A model on the meta device, cut over ranks and given memory. `parameters`: this rank's rows, plain fp32 tensors.
+
+    Raises ValueError where weights or moments are kept in a way that needs more than the rows of a rank."""
+
+    def __init__(self, model: GPT, world: World, whole: Config):
+        config = whole.parallel
         self.model, self.world, self.config, self.traffic = model, world, config, Traffic()
         self.updates = 0
+        for what, spec in (("weights.store", whole.weights.store), ("optimizer.state", whole.optimizer.state)):
+            spans = spec and spec.scale.format != "none" and (spec.block[0] != 1 or spec.scale.outer == "tensor")
+            if spec and world.size > 1 and (spec.keyed or spans):
+                raise ValueError(f"{what} = {spec.short()}: with several ranks it takes blocks of one row, rounded to nearest")
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.offload else OffloadPolicy()
         mesh = world.mesh if config.replicas > 1 else world.mesh["shard"]
@@ -347,30 +433,67 @@ class Shards:
         for i, block in enumerate(blocks):
             block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + config.prefetch])
             block.set_modules_to_backward_prefetch(blocks[max(i - config.prefetch, 0) : i][::-1])
+        model.to_empty(device="cpu" if config.offload else world.device)
+        model.rope = rope_table(model.config, world.device)
         found = [p for group in groups for p in group._get_fsdp_state()._fsdp_param_groups[0].fsdp_params]
-        self.rows = {}
+        self.linears = {}
         for name, module in linears(model).items():
             (param,) = (p for p in found if p._module_info.module is module or module in p._module_info.shared_modules)
             module.stamp = lambda: self.updates
             if not param._module_info.shared_modules:
-                self.rows[name] = Rows(module, param, config.gather == "codes", model.dtype)
+                self.linears[name] = Rows(module, param, config.gather == "codes", model.dtype)
         self.parameters = {name: nn.Parameter(p._local_tensor) for name, p in model.named_parameters()}
 
+    def rows(self, name: str) -> slice:
+        whole, ranks, rank = self.shape(name)[0], self.world.mesh["shard"].size(), self.world.shard_rank
+        each = -(-whole // ranks)
+        return slice(min(rank * each, whole), min((rank + 1) * each, whole))
+
+    def once(self, work: Callable[[], T]) -> T:
+        return self.world.once(work)
+
     def changed(self) -> None:
-        """After every change of the weights or of the policy: each rank quantises its rows, where codes are gathered."""
+        """Each rank quantises its rows, where codes are gathered."""
         self.updates += 1
-        rows = [r for r in self.rows.values() if r.codes]
+        rows = [r for r in self.linears.values() if r.codes]
         amaxes = [a for r in rows for a in r.amaxes()]
         amaxes = iter(self.world.max(torch.stack(amaxes)).unbind() if amaxes else ())
         for r in rows:
             r.make(amaxes)
 
+    def assigned(self) -> None:
+        self.changed()
+
     def last(self, yes: bool) -> None:
-        """Whether gradients are summed over ranks after the next backward."""
         for module in [*self.model.blocks, self.model]:
             module.set_requires_gradient_sync(yes, recurse=False)
 
     def gradients(self) -> None:
-        """Give the rows of the gradients to `parameters`."""
         for name, p in self.model.named_parameters():
             self.parameters[name].grad = p.grad._local_tensor if p.grad is not None else None
+            p.grad = None
+        state = list(memory(self.model).values())  # of delayed scales and ladders: their largest of all micro-batches
+        if state:
+            merged = self.world.max(torch.cat([t.flatten() for t in state]))
+            for t, found in zip(state, merged.split([t.numel() for t in state]), strict=True):
+                t.copy_(found.view(t.shape))
+
+    def describe(self) -> list[str]:
+        """What is gathered how, for the console."""
+        kinds: dict[str, list[str]] = {}
+        for name, r in self.linears.items():
+            how = "codes" if r.codes else "BF16" if r.module.recipe is None else "fp32"
+            why = f" ({r.why_not()})" if how == "fp32" and r.wanted else ""
+            kinds.setdefault(f"{how}{why}", []).append(name)
+        return [f"all-gathers move {how} of {len(names)} Linears, e.g. {names[0]}" for how, names in kinds.items()]
+
+
+def clip(parameters: Iterable[nn.Parameter], limit: float, world: World) -> Tensor:
+    """Scale gradients to a norm of at most `limit`; returns the norm before, fp32 [].
+
+    In fp64, where the order of additions, which is another on other numbers of ranks, moves one norm in 10^8 or so."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    squares = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float64)).square().sum()
+    norm = world.sum_of_shards(squares).sqrt().to(torch.float32)
+    torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm

@@ -9,10 +9,12 @@ file of an uninterrupted one.
 """
 
 import fcntl
+import io
 import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 import checkpoint
 from configs import Config, differences, dump, load
 from data import place_for
+from parallel import World
 from plot import fallback_figure
 
 # Keys that may change when a run is continued: none of them changes a number that training computes.
@@ -38,19 +41,26 @@ FREE = (
 
 
 class Run:
-    """One run folder: the config, the console, metrics.jsonl and tensorboard."""
+    """One run folder: the config, the console, metrics.jsonl and tensorboard. Of several ranks the first has it; the others
+    write what they print into rank_N.log there."""
 
-    def __init__(self, config: Config, argv: list[str]):
-        name = config.run.name or f"{Path(config.source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.config, self.folder, self.argv = config, Path(config.run.out) / name, argv
+    def __init__(self, config: Config, argv: list[str], world: World | None = None):
+        world = world or World()
+        name = config.run.name or world.once(lambda: f"{Path(config.source).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.config, self.folder, self.argv, self.world = config, Path(config.run.out) / name, argv, world
         self.start = 0  # the first step to do
         self.board: SummaryWriter | None = None
         self.lock: int | None = None
+        if not world.first:
+            sys.stdout = self.console = io.StringIO()
+        world.once(self._enter)
+
+    def _enter(self) -> None:
         place_for(self.folder, "run.out")
         if not self.folder.exists():
             return
         self.claim()
-        if config.run.overwrite:
+        if self.config.run.overwrite:
             if not (self.folder / "config.toml").exists() and any(self.folder.iterdir()):
                 raise ValueError(f"run.overwrite: {self.folder} is no run (it has no config.toml), so nothing was deleted")
             print(f"run: {self.folder} is started anew, as asked (run.overwrite)")
@@ -123,6 +133,12 @@ class Run:
     def open(self, step: int, facts: dict) -> None:
         """Create or continue the files of the run; metrics of later steps than `step` are cut off."""
         self.start = step
+        self.world.once(lambda: self._open(step, facts))
+        if not self.world.first:
+            sys.stdout = (self.folder / f"rank_{self.world.rank}.log").open("a", buffering=1)
+            print(self.console.getvalue(), end="")
+
+    def _open(self, step: int, facts: dict) -> None:
         self.claim()
         config = replace(self.config, run=replace(self.config.run, overwrite=False))
         checkpoint.written(self.folder / "config.toml", dump(config))
@@ -136,6 +152,8 @@ class Run:
     def write(self, metrics: dict[str, float], losses: list[float]) -> None:
         """One line of metrics.jsonl, numbers also to tensorboard. `step` counts finished steps; `losses` is that of each
         step since the last line."""
+        if not self.world.first:
+            return
         with self.path.open("a") as f:
             f.write(json.dumps({**metrics, "losses": losses}) + "\n")
         for key, value in metrics.items():

@@ -189,7 +189,7 @@ class Captures:
                 print(f"step {step + 1:5}/{steps}  loss {float(loss):.4f}", flush=True)
         for folder in self.folders:
             checkpoint.intact(folder)
-            state = checkpoint.restore(folder, self.trainer.model, self.trainer.optimizer, self.trainer.store)
+            state = checkpoint.restore(folder, self.trainer.shards, self.trainer.optimizer, self.trainer.store)
             self.last = folder == self.folders[-1]
             self.capture(state["step"], tap)
             yield state["step"]

@@ -15,23 +15,25 @@ Left out so far: several ranks (torchrun), other optimisers.
 import argparse
 import ctypes
 import math
+import os
 import platform
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoint
 import plot
 from configs import Config, dump, load
 from data import Corpus, prepare
 from model import GPT, flops_per_token, measure
+from parallel import LOST, Shards, Whole, World, clip, lost
 from quant import WeightStore, assign, assign_sites, attach, decisions, fuse, kernel
 from quant.context import Context
 from quant.gemm import BACKENDS, backend_of, pick_mode
@@ -40,6 +42,7 @@ from quant.metrics import STATS
 from quant.moments import AdamW
 from quant.policy import switches, table, unquantized
 from run import Run
+from saving import Saver
 
 
 def keep_freed_memory() -> None:
@@ -69,11 +72,11 @@ def learning_rate(config: Config, step: int) -> float:
     return t.lr * min(up, t.final_lr + (1 - t.final_lr) * down)
 
 
-def make_optimizer(model: GPT, config: Config) -> AdamW:
+def make_optimizer(parameters: Iterable[nn.Parameter], config: Config) -> AdamW:
     """AdamW that decays matrices only, and whose updates a flag on the device can stop (`found_inf`)."""
-    t = config.train
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
+    t, parameters = config.train, list(parameters)
+    matrices = [p for p in parameters if p.ndim >= 2]
+    others = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return AdamW(groups, config.optimizer, t.seed, lr=t.lr, betas=t.betas, eps=t.eps)
 
@@ -108,10 +111,10 @@ def announce(config: Config, device: torch.device) -> None:
 
 
 class Trainer:
-    def __init__(self, config: Config, run: Run, corpus: Corpus):
-        t = config.train
-        self.config, self.run, self.corpus = config, run, corpus
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, config: Config, run: Run, corpus: Corpus, world: World | None = None):
+        t, world = config.train, world or World()
+        self.config, self.run, self.corpus, self.world = config, run, corpus, world
+        self.device = world.device
         self.mode, mode_line = pick_mode(t.gemm, self.device)
         self.dtype = DTYPES[t.dtype]
         print(fuse(t.compile == "quantiser"))
@@ -121,19 +124,24 @@ class Trainer:
         announce(config, self.device)
         backend = backend_of(t.gemm, self.device)
         self.how = f"emulate {self.mode}" if backend == "emulate" else backend
-        model = GPT(config.model, self.dtype, t.recompute).initialise(t.seed).to(self.device)
-        self.model, self.optimizer = model, make_optimizer(model, config)
+        self.share = world.share(t.micro_batches)
+        with torch.device("meta") if world.sharded else nullcontext():
+            model = GPT(config.model, self.dtype, t.recompute)
+        self.shards = Shards(model, world, config) if world.sharded else Whole(model.to(self.device))
+        model.initialise(t.seed, self.shards.put)
+        self.model, self.optimizer = model, make_optimizer(self.shards.parameters.values(), config)
         self.context = Context(t.seed, self.mode, self.device, backend)
         self.context.decisions = {}
         self.context.amaxes = torch.zeros(len(linears(model)), device=self.device)
         attach(model, self.context)
         assign_sites(model, config.sites)
-        self.store = WeightStore(model, config.weights, t.seed)
+        self.store = WeightStore(self.shards.parameters, config.weights, t.seed)
         self.store.begin()
         self.loss = torch.compile(model.loss) if t.compile == "model" else model.loss
         self.bytes = torch.as_tensor(corpus.tokenizer.bytes_per_token, device=self.device)
         self.frozen = torch.zeros((), device=self.device)  # 1 from the first non-finite loss or gradient on
         self.optimizer.found_inf = self.frozen
+        self.saver = Saver(self.shards, config, run.folder, corpus.tokenizer.path) if world.sharded else None
         self.policy: dict[str, str] = {}
         self.stopped_by = ""
 
@@ -143,15 +151,18 @@ class Trainer:
         """All micro-batches of a step -> (mean loss, bytes of the targets), on the device; gradients are left in place."""
         t = self.config.train
         total, size = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for i in range(t.micro_batches):
+        for i in self.share:
             number = step * t.micro_batches + i
             self.context.at(step, number)
+            self.shards.last(i == self.share[-1])
             batch = self.corpus.batch("train", t.seed, number, t.batch_size, self.config.model.seq_len)
             x, y = (to_device(ids, self.device) for ids in batch)
             loss = self.loss(x, y)
             (loss / t.micro_batches).backward()
             total += loss.detach() / t.micro_batches
             size += self.bytes[y].sum().float()
+        self.shards.gradients()
+        total, size = self.world.sum(torch.stack([total, size]))
         return total, size
 
     def step(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,13 +172,12 @@ class Trainer:
             group["lr"] = lr
         self.context.amaxes.mul_(self.forget)
         loss, size = self.forward_backward(step)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
+        norm = clip(self.shards.parameters.values(), self.config.train.clip, self.world)
         self.frozen.copy_(torch.maximum(self.frozen, (~(loss.isfinite() & norm.isfinite())).float()))
         self.store.keep()
         self.optimizer.step()
         self.store.put(step, self.frozen)
-        # Fused optimisers leave the version counters alone (torch 2.13), by which Linears know that a weight has changed.
-        torch.autograd.graph.increment_version(self.model.parameters())
+        self.shards.changed()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, size, norm
 
@@ -182,6 +192,8 @@ class Trainer:
             others = [f"{name}  {spec}" for name, spec in config.sites.short().items()]
             print("".join(f"  {line}\n" for line in [*others, self.store.describe()] if line), end="")
             self.policy = chosen
+            self.shards.assigned()
+            print("".join(f"  {line}\n" for line in self.shards.describe()), end="")
 
     # --- measuring ---
 
@@ -192,8 +204,11 @@ class Trainer:
         self.context.stats = self.context.decisions = None
         for suffix, precision in (("", nullcontext()), ("_bf16", unquantized(self.model))):
             with precision:
+                self.shards.assigned()
                 batches = self.corpus.val_batches(t.batch_size, self.config.model.seq_len, t.val_batches)
-                found["val_loss" + suffix], found["val_bpb" + suffix] = measure(self.model, batches, self.bytes)
+                given = self.model, self.world.some(batches, t.val_batches), self.bytes, self.world.together(t.val_batches)
+                found["val_loss" + suffix], found["val_bpb" + suffix] = measure(*given)
+        self.shards.assigned()
         self.context.stats, self.context.decisions = stats, noted
         return found
 
@@ -221,6 +236,7 @@ class Trainer:
 
     def save(self, step: int) -> Path:
         """A checkpoint after `step` finished steps."""
+        amaxes = self.world.max(self.context.amaxes)
         state = {
             "tokens": step * self.config.tokens_per_step,
             "next_micro_batch": step * self.config.train.micro_batches,
@@ -228,8 +244,10 @@ class Trainer:
             "policy": self.policy,
             "gemm": self.mode,
             "data_sha256": self.corpus.sha256,
-            "amaxes": {name: a for name, a in zip(linears(self.model), self.context.amaxes.tolist(), strict=True) if a},
+            "amaxes": {name: a for name, a in zip(linears(self.model), amaxes.tolist(), strict=True) if a},
         }
+        if self.saver:
+            return self.saver.save(step, self.optimizer, self.store, state)
         run, path = self.config.run, self.corpus.tokenizer.path
         given = self.run.folder, step, self.model, self.optimizer, state, path, run.keep, self.store
         return checkpoint.save(*given, quantized=run.quantized)
@@ -300,6 +318,8 @@ class Trainer:
         self.run.write(metrics | statistics, losses=[v[0] for v in values])
         if saving:
             folder = self.save(done)
+            if self.saver and (done == t.steps or self.stopped_by):
+                self.saver.wait()
             if self.stopped_by and done < t.steps:
                 again = f"the same command with run.name={self.run.folder.name} continues"
                 raise Stop(f"{self.stopped_by}: saved {folder} and stopped; {again}")
@@ -384,8 +404,8 @@ def main(argv: list[str]) -> int:
         open_corpus(config)
         return 0
     keep_freed_memory()
-    with closing(Run(config, argv)) as run:
-        start(config, run)
+    with closing(World(config.parallel.replicas)) as world, closing(Run(config, argv, world)) as run:
+        start(config, run, world)
     return 0
 
 
@@ -399,15 +419,19 @@ def open_corpus(config: Config) -> Corpus:
     return corpus
 
 
-def start(config: Config, run: Run) -> None:
+def start(config: Config, run: Run, world: World) -> None:
     """Begin the run, or continue or branch from a checkpoint, and train to the end."""
-    source, branch = run.resume_from(), run.branch_from()
+    source, branch = world.once(lambda: (run.resume_from(), run.branch_from()))
+    if not world.first:
+        world.once(lambda: None)  # until the first has prepared it
     corpus = open_corpus(config)
-    trainer = Trainer(config, run, corpus)
-    run.check_disk(checkpoint.size_estimate(trainer.model, trainer.optimizer, trainer.store))
+    if world.first:
+        world.once(lambda: None)
+    trainer = Trainer(config, run, corpus, world)
+    world.once(lambda: run.check_disk(checkpoint.size_estimate(trainer.model, trainer.optimizer, trainer.store)))
     step = 0
     if source or branch:
-        state = checkpoint.restore(source or branch, trainer.model, trainer.optimizer, trainer.store)
+        state = checkpoint.restore(source or branch, trainer.shards, trainer.optimizer, trainer.store)
         amaxes = [state.get("amaxes", {}).get(name, 0.0) for name in linears(trainer.model)]  # (older steps have none)
         trainer.context.amaxes.copy_(torch.tensor(amaxes))
         if branch and not source:
@@ -423,6 +447,7 @@ def start(config: Config, run: Run) -> None:
         print(f"run: {run.folder} is finished, its {config.train.steps} steps are done; a new run needs another run.name")
         return
     trainer.set_policy(step)
+    trainer.shards.changed()
     facts = {
         "command": ["train.py", *run.argv],
         "commit": run.commit(),
@@ -432,6 +457,7 @@ def start(config: Config, run: Run) -> None:
         "threads": torch.get_num_threads(),
         "backend": {name: f"{trainer.how}: {recipe}" for name, recipe in trainer.policy.items()},
         "optimizer": trainer.optimizer.describe(),
+        "ranks": world.size,
     }
     run.open(step, facts)
     count = sum(p.numel() for p in trainer.model.parameters())
@@ -449,14 +475,22 @@ def start(config: Config, run: Run) -> None:
 
 
 if __name__ == "__main__":
+    rank = os.environ.get("RANK")
+    name = f"train.py, rank {rank}" if rank else "train.py"
     try:
         sys.exit(main(sys.argv[1:]))
     except Stop as stop:
-        print(f"train.py: {stop}", file=sys.stderr)
+        if rank in (None, "0"):
+            print(f"{name}: {stop}", file=sys.stderr)
         sys.exit(3 if "non-finite" in str(stop) else 0)
     except KeyboardInterrupt:
-        print("\ntrain.py: interrupted; it can be started again", file=sys.stderr)
+        print(f"\n{name}: interrupted; it can be started again", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if rank is None or not lost(error):
+            raise
+        print(f"{name}: another rank is gone ({str(error).splitlines()[0]})", file=sys.stderr)
+        sys.exit(LOST)

@@ -506,3 +506,9 @@ def _turned_index(index: Tensor | int | None) -> Tensor | int | None:
 def linears(model: nn.Module) -> dict[str, Linear]:
     """Name -> every Linear of a model, in order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+
+
+def memory(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> what Linears of a model remember between steps: the buffers of delayed scaling and of ladders."""
+    buffers = dict(model.named_buffers())
+    return {name: t for name, t in model.state_dict().items() if name in buffers}

@@ -23,15 +23,15 @@ USE = 7  # of a stored weight in a random Key, after Sites
 
 
 class WeightStore:
-    """The parameters of a model that `weights` is about, in the model's order.
+    """The parameters of a model (or name -> rows of each, under several ranks) that `weights` is about, in the model's order.
 
     `compensation`: name -> Kahan's c, to be saved and restored with the optimiser. Raises ValueError for a pattern that matches
     no parameter, and for a parameter that cannot be cut into the blocks.
     """
 
-    def __init__(self, model: nn.Module, weights: Weights, seed: int):
+    def __init__(self, model: nn.Module | dict[str, Tensor], weights: Weights, seed: int):
         self.weights, self.seed = weights, seed
-        named = dict(model.named_parameters())
+        named = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
         for pattern in weights.match if weights.store else ():
             if not any(fnmatchcase(name, pattern) for name in named):
                 raise ValueError(f"weights.match: {pattern!r} matches none of the parameters {', '.join(named)}")

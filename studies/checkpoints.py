@@ -25,6 +25,7 @@ import checkpoint
 from configs import Config, dump, load
 from data import Corpus, prepare
 from model import GPT
+from parallel import Whole
 from quant import assign, attach, fuse
 from quant.context import Context
 from quant.linear import linears
@@ -69,7 +70,7 @@ def study(config: Config, name: str, repeats: int) -> list[str]:
     model = GPT(config.model).initialise(0)
     attach(model, Context(backend="emulate"))
     assign(model, config.recipes, config.policy, 0.0)
-    optimizer = make_optimizer(model, config)
+    optimizer = make_optimizer(model.parameters(), config)
     for p in model.parameters():
         optimizer.state[p] = {"step": torch.tensor(1.0)} | {key: torch.randn_like(p) for key in ("exp_avg", "exp_avg_sq")}
     largest = max(p.nbytes for p in model.parameters())
@@ -104,7 +105,7 @@ def study(config: Config, name: str, repeats: int) -> list[str]:
         )
 
     row("save", save, files, folder)
-    row("load to train", lambda: checkpoint.restore(folder, model, optimizer), files)
+    row("load to train", lambda: checkpoint.restore(folder, Whole(model), optimizer), files)
     optimizer.state.clear()
     row("load masters", lambda: checkpoint.load_model(folder), [folder / "model.safetensors"])
     row("load codes", lambda: checkpoint.load_model(folder, "quantized"), [folder / "quantized.safetensors"])

@@ -16,6 +16,7 @@ import checkpoint
 import contents
 import sealed
 import train
+from parallel import Whole
 from quant import WeightStore
 from tests.test_train import NVFP4, ROOT, folder
 
@@ -32,9 +33,9 @@ def readers(step: Path) -> dict:
     used = {"MANIFEST.json", "COMPLETE", "config.toml", "state.json", "tokenizer.model"}
     loaded = checkpoint.load_model(step)
     store = WeightStore(loaded.model, loaded.config.weights, 0)
-    optimizer = train.make_optimizer(loaded.model, loaded.config)
+    optimizer = train.make_optimizer(loaded.model.parameters(), loaded.config)
     return {
-        "training": (every, lambda at: checkpoint.restore(at, loaded.model, optimizer, store)),
+        "training": (every, lambda at: checkpoint.restore(at, Whole(loaded.model), optimizer, store)),
         "inspect": (every, contents.Step),
         "masters": (used | {"model.safetensors"}, checkpoint.load_model),
         "codes": (used | {"quantized.safetensors"}, lambda at: checkpoint.load_model(at, "quantized")),
@@ -165,8 +166,8 @@ print((memory("VmHWM:") - before) / max(4 * p.numel() for p in model.parameters(
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["nvfp4", "mor-block-3way"])
 def test_saving_takes_little_more_than_the_largest_tensor(tmp_path, config, step):
-    """At most 1.2 times its bytes above the model. All that quantized.safetensors holds would be 1.6 times. (The allocator gives
-    freed memory back at once here: what it keeps for later, up to half as much again, is not what saving needs.)"""
+    """At most 1.2 times its bytes above the model. All that quantized.safetensors holds would be 1.6 times. (The allocator
+    gives freed memory back at once here: what it keeps for later, up to half as much again, is not what saving needs.)"""
     run = tmp_path / "run"
     run.mkdir()
     for name in ("config.toml", "tokenizer.model"):

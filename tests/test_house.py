@@ -17,12 +17,13 @@ ROOT = Path(__file__).parent.parent
 
 # A floor imports only from lower ones, packages also from themselves.
 FLOORS = {
-    "bench": 9,
-    "studies": 8, "testing": 8,
-    "compare": 7, "search": 7, "contents": 7, "importer": 7,
-    "train": 6, "evaluate": 6, "export": 6, "plan": 6,
-    "run": 5, "evaluation": 5,
-    "checkpoint": 4, "plot": 4,
+    "bench": 10, "launch": 0,
+    "studies": 9, "testing": 9,
+    "compare": 8, "search": 8, "contents": 8, "importer": 8,
+    "train": 7, "evaluate": 7, "export": 7, "plan": 7,
+    "run": 6, "saving": 6, "evaluation": 6,
+    "checkpoint": 5, "plot": 5,
+    "parallel": 4,
     "configs": 3, "layouts": 3,
     "model": 2, "data": 2, "sealed": 2,
     "quant": 1,
@@ -32,7 +33,8 @@ FLOORS = {
 QUANT = [
     ["fuse", "accumulate"], ["rounding", "random"], ["codebooks"], ["formats"], ["spec"], ["choice"],
     ["recipe", "scaling", "transform"], ["qtensor"], ["encode", "mixed"], ["metrics", "launch"], ["kernel"], ["choose"],
-    ["quantize", "memory", "native"], ["gemm"], ["context", "gathered"], ["linear"], ["decisions", "site", "update", "moments"], ["policy"],
+    ["quantize", "memory", "native"], ["gemm"], ["context", "gathered"], ["linear"],
+    ["decisions", "site", "update", "moments"], ["policy"],
 ]  # fmt: skip
 QUANT_FLOORS = {name: floor for floor, names in enumerate(QUANT) for name in names}
 

@@ -275,7 +275,7 @@ def test_checkpoints_hold_what_is_said(small, capsys):
     assert codes and all(t.dtype == torch.uint8 for t in codes)
     assert contents.main([str(step)]) == 0 and "; moments in e4m3/1x128 fp32, to the power 2\n" in capsys.readouterr().out
     model = checkpoint.load_model(step).model
-    optimizer = train.make_optimizer(model, config)
+    optimizer = train.make_optimizer(model.parameters(), config)
     assert size == optimizer.nbytes()
     files = sum(f.stat().st_size for f in step.glob("*.safetensors"))
     assert files < checkpoint.size_estimate(model, optimizer, WeightStore(model, config.weights, 0))
