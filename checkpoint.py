@@ -279,7 +279,7 @@ def restore(folder: Path, shards: Whole, optimizer: AdamW, store: WeightStore | 
     for name, p in shards.parameters.items():
         places = {key: f"{key}.{name}" for key in NAMES}
         mine = (key for key in whole if name in (key.partition(".")[2], key.partition(".")[2].rpartition(".")[0]))
-        tensors = {key: (t[shards.rows(name)] if (t := whole[key]).ndim else t).to(p.device) for key in mine}
+        tensors = {key: shards.mine(name, whole[key]).to(p.device) for key in mine}
         found = {key: from_state(place, tensors, specs[place]) for key, place in places.items() if place in specs}
         found = {key: replace(q, shape=tuple(p.shape)) for key, q in found.items()}
         if found := found | {key: tensors[place] for key, place in places.items() if place in tensors}:

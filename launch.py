@@ -1,19 +1,26 @@
-"""python launch.py N train.py CONFIG [key=value ...]: N ranks of a script on this machine, by torchrun's engine.
+"""python launch.py N train.py CONFIG [key=value ...]: N ranks of a run on this machine, by torchrun's engine.
 
-A rank that dies, of whatever, ends the others within seconds, and all are started again from the newest complete step, up to
-RESTARTS times, after a line that says which it was and why. A mistake of the user (exit code 2) or a loss that is not finite (3)
-would only come again: those end it. Several machines: docs/scale.md, where torchrun or Slurm starts the ranks.
+A rank that dies, of whatever, ends the others within seconds, and all start again from the newest complete step, after a line
+that says which it was and of what; after PATIENCE starts in a row that brought no newer step, no more. A mistake of the user
+(exit code 2) or a loss that is not finite (3) would only come again: those end it. Several machines: docs/scale.md, where
+torchrun or Slurm starts the ranks.
 """
 
 import signal
 import sys
+import time
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-RESTARTS = 100
+from checkpoint import steps
+from configs import load
+
+PATIENCE = 10
 FINAL = {2, 3, 130}  # exit codes of train.py after which it is not started again
+USAGE = "launch.py N train.py CONFIG [key=value ...], N >= 1 ranks"
 
 
 def run(ranks: int, command: list[str]) -> tuple[int, str]:
@@ -41,18 +48,33 @@ def run(ranks: int, command: list[str]) -> tuple[int, str]:
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) < 2 or not argv[0].isdigit() or not int(argv[0]):
-        print("usage: launch.py N train.py CONFIG [key=value ...], N >= 1 ranks", file=sys.stderr)
-        return 2
-    for again in range(RESTARTS + 1):
-        code, what = run(int(argv[0]), argv[1:])
-        if not code or code in FINAL or again == RESTARTS:
+    if len(argv) < 3 or not argv[0].isdigit() or not int(argv[0]):
+        raise ValueError(f"expected {USAGE}")
+    ranks, (script, path, *overrides) = int(argv[0]), argv[1:]
+    config = load(path, [o for o in overrides if not o.startswith("--")])  # what is wrong with it is said once
+    if not config.run.name:  # all starts are of one run
+        overrides.append(f"run.name={Path(path).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = config.run.name or overrides[-1].partition("=")[2]
+    newest, waited = None, 0
+    while True:
+        code, what = run(ranks, [script, path, *overrides])
+        if not code or code in FINAL:
             break
-        print(f"launch.py: {what}; all start again, {again + 1} of {RESTARTS}", file=sys.stderr, flush=True)
+        found = (steps(Path(config.run.out, name)) or [0])[-1]
+        newest, waited = found, 1 if found != newest else waited + 1
+        if waited == PATIENCE:
+            what += f"; {PATIENCE} starts have brought no step after {newest}"
+            break
+        overrides = [o for o in overrides if not o.startswith("run.overwrite")]  # what it did must not be done again
+        print(f"launch.py: {what}; all start again from step {newest}", file=sys.stderr, flush=True)
     if what:
         print(f"launch.py: {what}", file=sys.stderr)
     return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"launch.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -141,15 +141,7 @@ LOST = 4  # exit code of a rank that misses another
 
 def lost(error: RuntimeError) -> bool:
     """Whether an error says that another rank is gone."""
-    words = (
-        "closed by peer",
-        "reset by peer",
-        "Broken pipe",
-        "Timed out",
-        "timed out",
-        "Connection refused",
-        "failed to connect",
-    )
+    words = "closed by peer", "reset by peer", "Broken pipe", "imed out", "Connection refused", "failed to connect"
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
@@ -376,6 +368,10 @@ class Whole:
         """Which rows of a parameter are here."""
         return slice(None)
 
+    def mine(self, name: str, whole: Tensor) -> Tensor:
+        """What is here of a tensor with the rows of a parameter."""
+        return whole
+
     def once(self, work: Callable[[], T]) -> T:
         """`World.once`."""
         return work()
@@ -448,6 +444,9 @@ class Shards(Whole):
         whole, ranks, rank = self.shape(name)[0], self.world.mesh["shard"].size(), self.world.shard_rank
         each = -(-whole // ranks)
         return slice(min(rank * each, whole), min((rank + 1) * each, whole))
+
+    def mine(self, name: str, whole: Tensor) -> Tensor:
+        return whole[self.rows(name)].clone() if whole.ndim else whole  # (not a part of a larger memory)
 
     def once(self, work: Callable[[], T]) -> T:
         return self.world.once(work)

@@ -492,5 +492,5 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if rank is None or not lost(error):
             raise
-        print(f"{name}: another rank is gone ({str(error).splitlines()[0]})", file=sys.stderr)
+        print(f"{name}: another rank is gone ({str(error).split('] ')[-1].split('.')[0]})", file=sys.stderr)
         sys.exit(LOST)

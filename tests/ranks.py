@@ -52,9 +52,9 @@ def compared(name: str, overrides: list[str]) -> dict:
     state = [key for key, t in memory(one.model).items() if not torch.equal(t, memory(many.model)[key])]
     amaxes = torch.equal(world.max(many.context.amaxes), one.context.amaxes)
     return {
-        "config": name, "ranks": world.size, "overrides": overrides, "steps": steps, "weights": weights, "memory": state, "codes": codes,
-        "amaxes": amaxes, "moved": moved, "gathered": sorted({r.why_not() for r in many.shards.linears.values()}),
-        "validation": [many.validate(), one.validate()],
+        "config": name, "ranks": world.size, "overrides": overrides, "steps": steps, "weights": weights, "memory": state,
+        "codes": codes, "amaxes": amaxes, "moved": moved, "validation": [many.validate(), one.validate()],
+        "gathered": sorted({r.why_not() for r in many.shards.linears.values()}),
     }  # fmt: skip
 
 
