@@ -1,6 +1,6 @@
 """Documents from a named source. Every kind takes the same path, a streaming `datasets.load_dataset`:
 
-    pkg:NAME             the .txt files of an installed package, read by path: the package is never imported
+    pkg:NAME[:SUFFIX]    the .txt files of an installed package (or .SUFFIX ones: pkg:numpy:py), read by path, never imported
     pysource             the installed Python sources: standard library and site-packages (100 to 300 MB)
     a path or glob       .txt, .py (a file is a document), .jsonl, .parquet (a row is one); all but parquet also .gz
     hf:NAME[:SUBSET]     the "train" split of a dataset on the Hugging Face hub, or of a local directory in its layout
@@ -30,7 +30,7 @@ ORIGINS = {
     "Project (UC Santa Barbara, https://www.presidency.ucsb.edu), which asks to be cited",
     "pysource": "sources of the Python packages that were installed, each under its own licence (PSF, BSD, Apache, ...)",
 }
-KINDS = "pkg:NAME, pysource, hf:NAME[:SUBSET], or a path or glob of .txt, .py, .jsonl (also .gz) or .parquet files"
+KINDS = "pkg:NAME[:SUFFIX], pysource, hf:NAME[:SUBSET], or a path or glob of .txt, .py, .jsonl (also .gz) or .parquet files"
 
 
 class Documents:
@@ -113,16 +113,17 @@ def _open_hub(source: str):
 
 
 def _find_files(source: str) -> list[Path]:
-    """The files that a path, a glob or pkg:NAME stands for, sorted."""
+    """The files that a path, a glob or pkg:NAME[:SUFFIX] stands for, sorted."""
     prefix, colon, name = source.partition(":")
     if prefix == "pkg" and colon:
+        name, _, suffix = name.partition(":")
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
         if spec is None:
             raise ValueError(f"data.source {source!r}: no package {name!r} is installed here (pip install {name})")
         root = Path((spec.submodule_search_locations or [spec.origin])[0])
-        paths = [path for path in root.rglob("*.txt") if path.is_file()]
+        paths = [path for path in root.rglob(f"*.{suffix or 'txt'}") if path.is_file()]
         if not paths:
-            raise ValueError(f"data.source {source!r}: the package {name!r} contains no .txt files")
+            raise ValueError(f"data.source {source!r}: the package {name!r} contains no .{suffix or 'txt'} files")
     else:
         names = [source] if Path(source).exists() else glob.glob(source, recursive=True)
         paths = [Path(name).absolute() for name in names if Path(name).is_file()]

@@ -142,7 +142,7 @@ def test_pysource_is_sorted_by_content_without_duplicates(tmp_path, monkeypatch)
     "source, words",
     [
         ("nosuch.txt", "matches no file"),
-        ("s3:bucket", "expected pkg:NAME, pysource, hf:NAME"),
+        ("s3:bucket", "expected pkg:NAME[:SUFFIX], pysource, hf:NAME"),
         ("{}", "is a directory"),
         ("{}/*.csv", "cannot read 'x.csv'"),
         ("{}/*.*l*", "mixes"),
@@ -259,7 +259,7 @@ def test_wrong_tokenizer_files(tmp_path):
 
 
 def tokens_of(corpus: Corpus, split: str) -> np.ndarray:
-    return np.concatenate(corpus._shards[split])
+    return np.concatenate(corpus.parts[""].shards[split])
 
 
 def documents_of(corpus: Corpus, split: str) -> list[str]:
