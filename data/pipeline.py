@@ -194,8 +194,8 @@ def _complete(folder: Path, settings: dict) -> bool:
 
 
 def _tokenize(config: DataConfig, settings: dict, given: Tokenizer | None, folder: Path, quiet: bool) -> None:
-    documents = Documents(config.source, config.text_key)
     manifest = shards.read_manifest(folder)
+    documents = Documents(config.source, config.text_key, manifest["fingerprint"] if manifest else "")
     if manifest is None:
         if not quiet:
             print(f"data: preparing {config.source} in {folder}", flush=True)
@@ -212,7 +212,7 @@ def _tokenize(config: DataConfig, settings: dict, given: Tokenizer | None, folde
             "complete": False,
         }
         shards.write_manifest(folder, manifest)
-        documents = Documents(config.source, config.text_key)  # from the start again
+        documents = Documents(config.source, config.text_key, documents.fingerprint)  # from the start again
     else:
         if not quiet:
             print(f"data: continuing {config.source} in {folder} at document {manifest['documents']:,}", flush=True)

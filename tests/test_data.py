@@ -171,7 +171,7 @@ def test_wrong_sources(tmp_path, source, words):
 def test_hub_without_a_network(monkeypatch):
     import huggingface_hub
 
-    def refuse(self, name, timeout):
+    def refuse(self, name, revision, timeout):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)

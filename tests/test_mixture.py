@@ -1,17 +1,24 @@
 """Several sources in phases: whose turn it is (closed forms against counting, and the bound that data/mixture.py derives), what
 is read then, what is prepared, and what is said about a config that cannot be.
 
-Sources are documents of the standard library, as in test_data.py; no test needs a network.
+Sources are documents of the standard library, as in test_data.py. No test needs a network: a hub is hub.py, on this machine.
 """
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+from hub import CARD, Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import TEXTS, one_sentence, write_jsonl
@@ -21,6 +28,7 @@ from data import Corpus, DataConfig, pipeline, prepare
 from data.loader import usage_lines, walk
 from data.mixture import Phase, Plan, Split, plan
 
+ROOT = Path(__file__).parent.parent
 NAMES = "abcdef"
 
 
@@ -308,3 +316,117 @@ def test_wrong_configs(content, parts, tmp_path):
         load(tmp_path / "x.toml")
     for part in ["x.toml: ", *parts]:
         assert part in one_sentence(error)
+
+
+# --- real processes: a hub, a kill, two at once ---
+
+
+def started(code: str, argument, env: dict[str, str] | None = None, **kw) -> subprocess.Popen:
+    command = [sys.executable, "-c", code, json.dumps(argument)]
+    env = {**os.environ, **(env or {})}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+
+def dataset(folder: Path, texts: list[str]) -> Path:
+    """In the layout of the hub: texts in the subset "part", in three files, and another subset."""
+    for name, parts in {"part": [texts[::3], texts[1::3], texts[2::3]], "other": [["not this"]]}.items():
+        (folder / name).mkdir(parents=True)
+        for i, part in enumerate(parts):
+            table = pyarrow.table({"text": part, "n": [0] * len(part)})
+            pyarrow.parquet.write_table(table, folder / name / f"{i}.parquet", row_group_size=8)
+    (folder / "README.md").write_text(CARD)
+    return folder
+
+
+STREAM = """
+import json, sys
+from data.sources import Documents
+source, k = json.loads(sys.argv[1])
+first = iter(documents := Documents(source))
+texts = [next(first) for _ in range(k)]
+again = Documents(source, commit=documents.fingerprint)
+again.seek(json.loads(json.dumps(documents.state)))
+print(json.dumps([documents.fingerprint, texts, list(again)]))
+"""
+
+
+def test_a_hub_is_streamed_and_continued(tmp_path):
+    hub = Hub({"a" * 40: dataset(tmp_path / "data", TEXTS)})
+    with hub.serving(tmp_path / "home") as env:
+        process = started(STREAM, [f"hf:{hub.NAME}:part", 50], env)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    commit, before, after = json.loads(out)
+    assert commit == "a" * 40 and before + after == TEXTS[::3] + TEXTS[1::3] + TEXTS[2::3] and len(before) == 50
+    files = [path.rsplit("/", 1)[1] for path in hub.asked if path.endswith(".parquet")]
+    assert files.index("2.parquet") > files.index("1.parquet") and not any("other/0" in path for path in hub.asked)
+
+
+PREPARE = """
+import json, sys, time
+from data import DataConfig, prepare, shards
+write, options = shards.write_atomic, json.loads(sys.argv[1])
+def slow(path, *chunks):
+    write(path, *chunks)
+    print("wrote", path.parent.name, path.name, flush=True)
+    time.sleep(0.1)
+shards.write_atomic = slow
+print("ready", flush=True)
+sys.stdin.readline()
+prepare(DataConfig(**options))
+"""
+
+
+def options(texts: Path, cache: Path, web: str) -> dict:
+    return {
+        "source": "",
+        "sources": {"web": {"source": web}, "code": {"source": str(texts / "code.jsonl"), "text_key": "content"}},
+        "phases": [{"shares": {"web": 0.5, "code": 0.5}}],
+        "vocab_size": 512,
+        "shard_tokens": 20_000,
+        "cache": str(cache),
+    }
+
+
+def files_of(cache: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(cache)): f.read_bytes() for f in sorted(cache.rglob("*")) if f.is_file() and f.suffix != ".lock"}
+
+
+@pytest.mark.slow
+def test_killed_in_the_second_source_and_continued_from_the_same_commit(texts, tmp_path):
+    """The hub has a newer commit by then; what was begun is finished from the old one."""
+    hub = Hub({"a" * 40: dataset(tmp_path / "data", TEXTS)})
+    with hub.serving(tmp_path / "home") as env:
+        for name in ("killed", "whole"):
+            process = started(PREPARE, options(texts, tmp_path / name, f"hf:{hub.NAME}:part"), env, stdin=subprocess.PIPE)
+            print("go", file=process.stdin, flush=True)
+            for line in process.stdout:
+                if name == "killed" and "some-name" in line and "val_00001" in line:
+                    process.kill()
+            assert process.wait(60) == (-signal.SIGKILL if name == "killed" else 0), process.stderr.read()
+        hub.commits["b" * 40] = dataset(tmp_path / "newer", TEXTS[::-1])
+        process = started(PREPARE, options(texts, tmp_path / "killed", f"hf:{hub.NAME}:part"), env, stdin=subprocess.PIPE)
+        out, err = process.communicate("go\n", timeout=120)
+    assert process.returncode == 0, err
+    assert "data: continuing hf:some/name:part" in out
+    assert all("hf-some-name-part" in line for line in out.splitlines() if line.startswith("wrote")), "the rest was there"
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_of_two_processes_at_once_one_prepares_and_the_other_waits(texts, tmp_path):
+    """As ranks of a run would, on an empty cache."""
+    given = options(texts, tmp_path, str(texts / "web.jsonl")) | {"shard_tokens": 10**6}
+    two = [started(PREPARE, given, stdin=subprocess.PIPE) for _ in range(2)]
+    for process in two:
+        assert process.stdout.readline() == "ready\n"
+    for process in two:
+        print("go", file=process.stdin, flush=True)
+    said = [process.communicate(timeout=120) for process in two]
+    assert [process.returncode for process in two] == [0, 0], said
+    lines = [line for out, _ in said for line in out.splitlines()]
+    wrote = [line for line in lines if line.startswith("wrote") and "manifest" not in line]
+    assert len(wrote) == len(set(wrote)) and len([line for line in wrote if "tokenizer-512" in line]) == 1
+    assert sum(line.startswith("data: preparing") for line in lines) == 2, "each of both sources once"
+    assert any("another process is preparing" in line and "waiting for it" in line for line in lines)
+    ends = [[line for line in out.splitlines() if " has " in line] for out, _ in said]
+    assert ends[0] == ends[1] and len(ends[0]) == 2
