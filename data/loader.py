@@ -231,7 +231,7 @@ def usage_lines(usage: dict) -> list[str]:
     for name, about in usage["sources"].items():
         by_phase = [f"{epochs:.3g} in phase {p}" for p, epochs in enumerate(about["epochs_by_phase"], 1)]
         text = name if name == about["source"] else f"{name} ({about['source']})"
-        times = f"read {about['epochs']:.3g} times over the run" + f": {', '.join(by_phase)}" * many
+        times = f"read {about['epochs']:.3g} times" + f": {', '.join(by_phase)}" * many
         found.append(f"data: {text}, {about['tokens']:,} tokens, {times}")
     for p, phase in enumerate(usage["phases"], 1):
         begin, end = phase["steps"]
