@@ -73,8 +73,10 @@ def check(sources: Iterable[str], phases: tuple[Phase, ...], validate: str) -> N
         for name, share in phase.shares.items():
             if name not in names:
                 raise ValueError(f"phase {number} names {name!r}, which is none of the sources{near(name, names)}")
-            if not share > 0:
-                raise ValueError(f"phase {number} gives {name!r} the share {share:g}; expected more than 0, or no mention")
+            if not 0 < share <= 1:
+                raise ValueError(
+                    f"phase {number} gives {name!r} the share {share:g}; expected above 0 and up to 1, or no mention"
+                )
         if (total := sum(map(decimal, phase.shares.values()))) != 1:
             raise ValueError(f"phase {number}: the shares sum to {float(total):.12g}, expected 1")
         if not begin < phase.until:

@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> int:
         prepare(DataConfig(**options))
     except ValidationError as error:
         first = error.errors()[0]
-        print(f"error: data.{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}", file=sys.stderr)
+        place = f".{'.'.join(map(str, first['loc']))}={first['input']!r}" if first["loc"] else ""  # no place: of several keys
+        print(f"error: data{place}: {first['msg'].removeprefix('Value error, ')}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

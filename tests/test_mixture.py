@@ -285,8 +285,9 @@ WRONG = [
     (f"{TWO}[[data.phases]]\nshares = {{ wbe = 1.0 }}", ["phase 1 names 'wbe'", "did you mean 'web'?"]),
     (f"{TWO}[[data.phases]]\nshares = {{ web = 0.5, code = 0.4 }}", ["phase 1: the shares sum to 0.9, expected 1"]),
     (f"{TWO}[[data.phases]]\nshares = {{ web = 1.0, code = 0.0 }}", ["phase 1 gives 'code' the share 0"]),
-    (f"{TWO}[[data.phases]]\nshares = {{ web = 1.5, code = -0.5 }}", ["phase 1 gives 'code' the share -0.5"]),
-    (f"{TWO}[[data.phases]]\nshares = {{ web = nan, code = 0.5 }}", ["web"]),
+    (f"{TWO}[[data.phases]]\nshares = {{ web = 1.5, code = -0.5 }}", ["phase 1 gives 'web' the share 1.5"]),
+    (f"{TWO}[[data.phases]]\nshares = {{ web = nan, code = 0.5 }}", ["phase 1 gives 'web' the share nan"]),
+    (f"{TWO}[[data.phases]]\nshares = {{ web = inf, code = 0.5 }}", ["phase 1 gives 'web' the share inf"]),
     (f"{TWO}[[data.phases]]\nuntil = 0.5\nshares = {HALF}", ["the last phase ends at 0.5", "expected 1"]),
     (
         f"{TWO}[[data.phases]]\nuntil = 0.5\nshares = {HALF}\n[[data.phases]]\nuntil = 0.5\nshares = {HALF}\n",
