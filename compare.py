@@ -74,7 +74,8 @@ def plain(config: Config) -> Config:
 def same_data(a: Config, b: Config) -> None:
     """Raises ValueError if the two do not see the same batches, do not have the same Linears, or round by different rules (of
     which a process has one)."""
-    keys = "train.seed", "train.batch_size", "train.micro_batches", "train.rounding", "data", "model"
+    keys = ["train.seed", "train.batch_size", "train.micro_batches", "train.rounding", "data", "model"]
+    keys += ["train.steps"] * bool(a.data.phases)  # which are shares of it
     for key in keys:
         x, y = a, b
         for part in key.split("."):

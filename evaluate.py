@@ -129,7 +129,7 @@ def evaluated(folder: Path, args) -> Table:
     path = folder / "evaluation.json"
     older = keep(path, args.windows, {name: found.record(rows["bf16"]) for name, found in rows.items()})
     print(f"written to {path}" + (f", where these rows of earlier calls stay: {', '.join(older)}" if older else ""))
-    text = loaded.tokenizer.sha256, corpus.sha256, loaded.config.model.seq_len
+    text = loaded.tokenizer.sha256, corpus.val_sha256, loaded.config.model.seq_len
     table = Table(folder, loaded.state["step"], text, rows)
     if args.sweep:
         swept(table, source, corpus, args)

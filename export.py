@@ -304,13 +304,14 @@ def card(loaded: checkpoint.Loaded, form: str, layout: str, lines: list[str], or
     state, config, facts = loaded.state, loaded.config, loaded.folder.parent / "run.json"
     run = json.loads(facts.read_text()) if facts.is_file() else {}
     source, losses = losses_of(loaded)
+    texts = [one.source for one in config.data.texts.values()]
     text = [
         *("---", "library_name: transformers", "tags: [narrow]", "---", ""),
         f"# {loaded.folder.parent.name}, step {state['step']}, as {form}" + f" ({layout})" * (form != "bf16"),
         "",
         f"Trained with narrow{' at commit ' + run['commit'] if 'commit' in run else ''} on {state['tokens']:,} tokens of "
-        f"{config.data.source} (sha256 of its manifest {state['data_sha256'][:12] or 'unknown'}).",
-        f"The text: {ORIGINS.get(config.data.source, 'of an origin and licence that narrow does not know')}.",
+        f"{' and '.join(texts)} (sha256 of the manifest {state['data_sha256'][:12] or 'unknown'}).",
+        *(f"The text {text}: {ORIGINS.get(text, 'of an origin and licence that narrow does not know')}." for text in texts),
         "",
         *([f"    python {' '.join(run['command'])}", ""] if "command" in run else []),
         f"Validation loss, from {source}:" if losses else "It was not evaluated before it was exported.",

@@ -32,6 +32,7 @@ FREE = (
     "run.",
     "source",
     "data.cache",
+    "data.validate",
     "train.log_every",
     "train.val_",
     "train.stats_every",

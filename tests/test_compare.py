@@ -84,6 +84,10 @@ def test_what_cannot_be_compared():
     ):
         with pytest.raises(ValueError, match=f"A and B cannot be compared: {key}"):
             compare.same_data(a, load(ROOT / "configs/tiny-bf16.toml", [override]))
+    compare.same_data(a, load(ROOT / "configs/tiny-bf16.toml", ["train.steps=100"]))
+    a, b = (load(ROOT / "configs/tiny-phases.toml", [f"train.steps={steps}"]) for steps in (200, 100))
+    with pytest.raises(ValueError, match="train.steps is 200 and 100"):
+        compare.same_data(a, b)
 
 
 def test_the_command(small, tmp_path):

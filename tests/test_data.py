@@ -142,7 +142,7 @@ def test_pysource_is_sorted_by_content_without_duplicates(tmp_path, monkeypatch)
     "source, words",
     [
         ("nosuch.txt", "matches no file"),
-        ("s3:bucket", "expected pkg:NAME, pysource, hf:NAME"),
+        ("s3:bucket", "expected pkg:NAME[:SUFFIX], pysource, hf:NAME"),
         ("{}", "is a directory"),
         ("{}/*.csv", "cannot read 'x.csv'"),
         ("{}/*.*l*", "mixes"),
@@ -153,6 +153,7 @@ def test_pysource_is_sorted_by_content_without_duplicates(tmp_path, monkeypatch)
         ("{}/null.jsonl", "NoneType"),
         ("pkg:no_such_package", "pip install no_such_package"),
         ("pkg:pytest", "contains no .txt"),
+        ("pkg:json:nope", "contains no .nope"),
     ],
 )
 def test_wrong_sources(tmp_path, source, words):
@@ -171,7 +172,7 @@ def test_wrong_sources(tmp_path, source, words):
 def test_hub_without_a_network(monkeypatch):
     import huggingface_hub
 
-    def refuse(self, name, timeout):
+    def refuse(self, name, revision, timeout):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
@@ -259,7 +260,7 @@ def test_wrong_tokenizer_files(tmp_path):
 
 
 def tokens_of(corpus: Corpus, split: str) -> np.ndarray:
-    return np.concatenate(corpus._shards[split])
+    return np.concatenate(corpus.parts[""].shards[split])
 
 
 def documents_of(corpus: Corpus, split: str) -> list[str]:
@@ -411,6 +412,8 @@ def test_command_line(tmp_path):
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "JSON parse error" in failed.stderr
     failed = run(f"{tmp_path}/docs.jsonl", "vocab_size=500")
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "data.vocab_size='500'" in failed.stderr
+    failed = run("source=")
+    assert failed.returncode == 1 and failed.stderr.startswith("error: data: source is empty; expected pkg:NAME")
 
 
 # ------------------------------------------------------------------------------------------------- opening a corpus
@@ -557,6 +560,18 @@ def test_each_window_once_an_epoch_across_batches_and_shards(prepared):
     order = lambda rows: rows[np.lexsort(rows.T)]  # noqa: E731
     assert (order(rows[:n]) == order(windows)).all() and (order(rows[n : 2 * n]) == order(windows)).all()
     assert (rows[:n] != rows[n : 2 * n]).any() and (rows[:n] != windows).any()
+
+
+def test_one_source_is_read_in_the_order_of_its_permutation(prepared):
+    """Sequence s is window P[seed, s // n](s % n): what runs of one source have always read."""
+    corpus, length = Corpus(prepared), 50
+    tokens = tokens_of(corpus, "train").astype(np.int64)
+    n = (len(tokens) - 1) // length
+    s = np.arange(n - 8, n + 8, dtype=np.uint64)  # over the end of an epoch; batches of 4 begin at any multiple of 4
+    s += np.uint64(-(n - 8) % 4)
+    place = permute(s % np.uint64(n), n, 7, s // np.uint64(n)).astype(int)
+    x = torch.cat([corpus.batch("train", 7, int(s[0]) // 4 + i, 4, length)[0] for i in range(4)])
+    assert x.tolist() == [tokens[length * w : length * w + length].tolist() for w in place]
 
 
 def test_batch_is_a_function_and_draws_no_random_numbers(prepared, workplace):

@@ -108,7 +108,7 @@ def test_four_ranks_compute_what_one_process_does():
 
 @pytest.mark.slow
 def test_other_orders_of_a_sum_move_last_bits_only():
-    """(a + b) + (c + d) and a + b + c + d of the same micro-batches. Each addition in fp32 errs by 2^-24 of its result, three of
+    """(a + b) + (c + d) and a + b + c + d of the same micro-batches. An addition in fp32 errs by 2^-24 of its result, three of
     them by at most 3 x 2^-24 of the sum of magnitudes: for losses, which are positive, two such orders differ by at most
     6 x 2^-24 of the sum. A gradient's error is relative to the sum of magnitudes of four gradients, whose norm is at most 2
     times the root of the sum of their squares; they point so much alike in the first step, where the loss falls fastest, that

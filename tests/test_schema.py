@@ -54,7 +54,8 @@ def test_it_has_the_keys_of_the_dataclasses():
 def test_tables_that_may_be_misspelt_are_closed():
     nodes = [VALID.schema, *VALID.schema["definitions"].values()]
     assert all(node["additionalProperties"] is False for node in nodes)
-    assert [name for name, node in VALID.schema["definitions"].items() if "required" in node] == ["Bound", "Rule"]
+    required = [name for name, node in VALID.schema["definitions"].items() if "required" in node]
+    assert required == ["Bound", "Phase", "Rule", "Source"]
 
 
 def test_descriptions_come_from_docstrings_and_comments():
@@ -84,6 +85,7 @@ WRITTEN = [
     "[specs]\na = { scale = { outer = '1x64', rounding = 'stochastic4' }, rounding = 'stochastic17' }",
     "[train]\nlr = 1\nclip = inf\nprofile = '3:5'",
     "[[policy]]\nrecipe = 'bf16'\nfirst = 0\n[[policy]]\nrecipe = 'bf16'",
+    "[data]\nsource = ''\n[data.sources.a]\nsource = 'pysource'\n[[data.phases]]\nuntil = 1\nshares = { a = 1 }",
 ]
 
 

@@ -302,8 +302,8 @@ def test_held_out_documents_are_all_of_them(loaded):
     documents = [d.tolist() for d in corpus.documents("val")]
     bos = corpus.tokenizer.bos
     assert len(documents) > 2 and not any(bos in d for d in documents)
-    assert sum(([bos, *d] for d in documents), []) == corpus._slice("val", 0, corpus.tokens("val")).tolist()
-    texts = [row["text"] for row in heldout(corpus=str(corpus.folder), characters=100)["test"]]
+    assert sum(([bos, *d] for d in documents), []) == corpus.parts[""].slice("val", 0, corpus.tokens("val")).tolist()
+    texts = [row["text"] for row in heldout(corpus=corpus.val_folders, characters=100)["test"]]
     assert texts == [corpus.tokenizer.decode(d)[:100] for d in documents]
     with pytest.raises(ValueError, match="takes its text from the checkpoint's corpus"):
         heldout()

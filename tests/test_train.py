@@ -25,8 +25,14 @@ from studies.recipes import NAMES
 
 ROOT = Path(__file__).parent.parent
 NVFP4, BF16 = str(ROOT / "configs/tiny-nvfp4.toml"), str(ROOT / "configs/tiny-bf16.toml")
+PHASES = [  # two parts of the standard library, in two phases
+    'data.source=""',
+    'data.sources={a={source="pkg:json:py"}, b={source="pkg:email:py"}}',
+    "data.phases=[{until=0.6, shares={a=0.25, b=0.75}}, {shares={a=0.7, b=0.3}}]",
+]
 VARIANTS = {
     "bf16": (BF16, []),
+    "phases": (BF16, PHASES),
     "nvfp4": (NVFP4, []),
     "nvfp4-recompute": (NVFP4, ["train.recompute=true"]),
     "nvfp4-one-micro-batch": (NVFP4, ["train.micro_batches=1"]),
@@ -84,7 +90,22 @@ def assert_same_step(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kill_and_resume_is_exact(small, variant, capsys):
-    config, overrides = VARIANTS[variant]
+    kill_and_resume(small, variant, *VARIANTS[variant], capsys)
+
+
+@pytest.mark.slow
+def test_kill_and_resume_of_the_config_with_phases(small, tmp_path, capsys):
+    """On its own sources, 21 MB, killed in the first phase of three."""
+    others = [override for override in small if not override.startswith("data.")]
+    config, cache = str(ROOT / "configs/tiny-phases.toml"), f'data.cache="{tmp_path}"'
+    kill_and_resume([*others, "data.vocab_size=512", cache], "tiny-phases", config, [], capsys)
+    facts = json.loads((folder(small, "tiny-phases-whole") / "run.json").read_text())["data"]
+    assert [phase["steps"] for phase in facts["phases"]] == [[0, 14], [14, 18], [18, 20]]
+    assert facts["sources"]["code"]["source"] == "pkg:numpy:py" and facts["sources"]["code"]["epochs_by_phase"][2] == 0
+
+
+def kill_and_resume(small, variant: str, config: str, overrides: list[str], capsys) -> None:
+    """A run of 20 steps, killed after the checkpoint of step 10 and continued, leaves what an uninterrupted one leaves."""
     overrides = [*overrides, "run.keep=5"]
     process = start(config, small, f"run.name={variant}-killed", *overrides)
     killed, whole = folder(small, f"{variant}-killed"), folder(small, f"{variant}-whole")
@@ -337,6 +358,18 @@ def test_a_branch_converts_moments_and_a_resume_does_not(finished, small, capsys
     assert "had moments in e4m3/1x128 fp32, to the power 2 in" in capsys.readouterr().out
     last = load_file(folder(small, "out-of-codes") / "step_000022/optimizer.safetensors")
     assert all(t.dtype == torch.float32 for t in last.values())
+
+
+def test_a_branch_may_have_other_shares_of_the_same_sources(small, capsys):
+    train.main([BF16, *small, *PHASES, "run.name=phases-old", "train.steps=2"])
+    source = f"run.init_from={folder(small, 'phases-old') / 'step_000002'}"
+    shares = "data.phases=[{shares={a=0.5, b=0.5}}]"
+    train.main([BF16, *small, *PHASES, shares, "run.name=phases-branch", source, "train.steps=3"])
+    assert "branches from" in (said := capsys.readouterr().out) and "data: a (pkg:json:py)" in said
+    with pytest.raises(ValueError, match=r"was trained on other data \(manifest sha256 "):
+        train.main([BF16, *small, *PHASES, "data.sources.b.source=pkg:asyncio:py", "run.name=phases-other", source])
+    with pytest.raises(ValueError, match="data.phases: "):
+        train.main([BF16, *small, *PHASES, shares, "run.name=phases-old", "train.steps=2"])
 
 
 def test_overwrite(small, capsys):

@@ -11,21 +11,20 @@ what is likely at all does not help: chance is 1/4. What a tiny model can learn 
 """
 
 import random
-from pathlib import Path
 
 WORDS = "time people year work state world day country law peace war hand part power way right nation public great men".split()
 
 
-def heldout(corpus: str | None = None, characters: int = 4096, **_) -> dict:
-    """{"test": Dataset of {"text"}} of the corpus in this folder. Raises ValueError without one."""
+def heldout(corpus: list[str] | None = None, characters: int = 4096, **_) -> dict:
+    """{"test": Dataset of {"text"}} of the corpora in these folders. Raises ValueError without one."""
     from datasets import Dataset
 
     from data import Corpus
 
     if corpus is None:
         raise ValueError("heldout_bpb takes its text from the checkpoint's corpus, and none was named")
-    found = Corpus(Path(corpus))
-    texts = [found.tokenizer.decode(ids)[:characters] for ids in found.documents("val")]
+    found = map(Corpus, corpus)
+    texts = [each.tokenizer.decode(ids)[:characters] for each in found for ids in each.documents("val")]
     return {"test": Dataset.from_list([{"text": text} for text in texts if text])}
 
 
