@@ -101,9 +101,20 @@ class TrainConfig:
 
 
 @frozen
+class ParallelConfig:
+    """Several GPUs (FSDP2; HSDP with replicas): masters, gradients and moments are cut into pieces, one a rank."""
+
+    replicas: int = Field(1, ge=1)  # copies of the model, each cut over ranks / replicas
+    gather: Literal["weights", "codes"] = "weights"  # what an all-gather moves of quantised Linears
+    prefetch: int = Field(1, ge=0)  # blocks gathered ahead
+    offload: bool = False  # masters and the optimiser's state stay on the CPU
+
+
+@frozen
 class Config:
     run: RunConfig = RunConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     specs: dict[str, Spec] = Field(default_factory=dict)
