@@ -21,7 +21,7 @@ FLOORS = {
     "studies": 8, "testing": 8,
     "compare": 7, "search": 7, "contents": 7, "importer": 7,
     "train": 6, "evaluate": 6, "export": 6, "plan": 6,
-    "run": 5, "evaluation": 5,
+    "run": 5, "evaluation": 5, "planning": 5,
     "checkpoint": 4, "plot": 4,
     "configs": 3, "layouts": 3,
     "model": 2, "data": 2, "sealed": 2,
