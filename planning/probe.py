@@ -177,28 +177,50 @@ def gathered_in_bf16(module: nn.Module) -> bool:
     return isinstance(module, Linear) and (module.recipe is None or module.recipe.weights == "bf16")
 
 
+Known = dict[tuple, tuple["Piece", dict[str, int]]]
+
+
 class Model:
     """A GPT on meta at a share of the run, its kinds of blocks, and what each takes.
 
-    config, share: from 0 to below 1; gpu: None for a CPU; sharded: weights are gathered (several ranks)."""
+    config, share: from 0 to below 1; gpu: None for a CPU; sharded: weights are gathered (several ranks); known: pieces that other
+    models have counted, and those of this one afterwards."""
 
-    def __init__(self, config: Config, share: float = 0.0, gpu: GPU | None = None, sharded: bool = False):
+    def __init__(
+        self,
+        config: Config,
+        share: float = 0.0,
+        gpu: GPU | None = None,
+        sharded: bool = False,
+        known: Known | None = None,
+    ):
         self.config, self.share, self.gpu, self.sharded = config, share, gpu, sharded
         self.tokens = config.train.batch_size * config.model.seq_len
-        self.gpt = self._build()
+        self.gpt, self.known = self._build(), {} if known is None else known
+        self.modules = linears(self.gpt)
         groups: dict[tuple, list[int]] = {}
         for i, block in enumerate(self.gpt.blocks):
             modules = ((name, type(m).__name__, getattr(m, "recipe", None)) for name, m in block.named_modules())
             shapes = ((name, p.shape) for name, p in block.named_parameters())
             groups.setdefault((*modules, *shapes), []).append(i)
         self.kinds = list(groups.values())
-        around, self.calls = self._piece([])
-        self.around = around
         self.blocks: dict[int, Piece] = {}
-        for members in self.kinds:
-            piece, calls = self._piece(members[:1])
-            self.calls |= calls
-            self.blocks |= dict.fromkeys(members, replace(piece - around, working=piece.working))
+        self.around, calls = self._known(("head", self.modules["head"].recipe), [])
+        self.calls: dict[str, float] = dict(calls)  # how often a Linear multiplies forward
+        for key, members in groups.items():
+            piece, calls = self._known(key, members[:1])
+            self.calls |= {f"blocks.{members[0]}.{name}": n for name, n in calls.items()}
+            self.blocks |= dict.fromkeys(members, replace(piece - self.around, working=piece.working))
+
+    def _known(self, key: tuple, members: list[int]) -> tuple[Piece, dict[str, int]]:
+        """`_piece`, once for what is the same; names of Linears within a block."""
+        t, c = self.config.train, self.config
+        key = (key, self.modules["head"].recipe, c.model, c.sites, t.batch_size, t.dtype, t.recompute, self.gpu, self.sharded)
+        if key not in self.known:
+            piece, calls = self._piece(members)
+            inside = {n.split(".", 2)[2]: times for n, times in calls.items() if n.startswith("blocks.")}
+            self.known[key] = piece, inside if members else calls
+        return self.known[key]
 
     def _build(self, **changes: Any) -> GPT:
         c = self.config
