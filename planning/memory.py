@@ -39,7 +39,8 @@ ASIDE = 2 * 2**30  # for the CUDA context and NCCL's buffers: allowed for, not m
 class Moment(NamedTuple):
     """What is there at a moment of the step, bytes by kind."""
 
-    label: str
+    phase: str  # "forward", "backward", "last forward", "last backward", "optimiser"
+    place: str  # "start", "block 3", "loss", "embedding"
     parts: dict[str, float]
 
     @property
@@ -128,14 +129,14 @@ def timeline(model: Model, ranks: int) -> list[Moment]:
     if c.parallel.gather == "weights" or not sharded:
         still["codes"] = around.codes + sum(piece.codes for piece in pieces)
 
-    def micro_batch(name: str, gradients: float, last: bool) -> Iterator[Moment]:
+    def micro_batch(which: str, gradients: float, last: bool) -> Iterator[Moment]:
         """gradients: bytes of whole ones that are there already, of all parameters or of none; last: they are reduced."""
         ready = gradients > 0
 
-        def at(label: str, activations: float, working: float, near: list[Group]) -> Moment:
+        def at(phase: str, place: str, activations: float, working: float, near: list[Group]) -> Moment:
             gathered = (rest.gathered + sum(g.gathered for g in near)) * sharded
             parts = {"gradients": gradients, "gathered": gathered, "activations": activations, "working": working}
-            return Moment(f"{name}{label}", still | parts)
+            return Moment(f"{which}{phase}", place, still | parts)
 
         def reduced(g: Group) -> float:
             """What the gradients of a group add when its backward is over."""
@@ -145,26 +146,26 @@ def timeline(model: Model, ranks: int) -> list[Moment]:
             return (g.made + 4 * g.count * last) * (ranks > 1)
 
         activations = 0.0
-        yield at("start", 0.0, 0.0, [])
+        yield at("forward", "start", 0.0, 0.0, [])
         for i, piece in enumerate(pieces):
             activations += piece.kept
-            yield at(f"forward {i}", activations, piece.working, blocks[i : i + 1 + ahead])
-        yield at("loss", activations + around.kept, 0.0, [])
-        yield at("loss, backward", activations + around.kept, around.working, [])
+            yield at("forward", f"block {i}", activations, piece.working, blocks[i : i + 1 + ahead])
+        yield at("forward", "loss", activations + around.kept, 0.0, [])
+        yield at("backward", "loss", activations + around.kept, around.working, [])
         for i, piece in reversed(list(enumerate(pieces))):
             working = piece.whole - piece.kept + piece.working + buffers(blocks[i])
-            yield at(f"backward {i}", activations, working, blocks[max(0, i - ahead) : i + 1])
+            yield at("backward", f"block {i}", activations, working, blocks[max(0, i - ahead) : i + 1])
             activations, gradients = activations - piece.kept, gradients + reduced(blocks[i])
-        yield at("embedding, backward", 0.0, buffers(rest), [])
+        yield at("backward", "embedding", 0.0, buffers(rest), [])
 
     found = list(micro_batch("", 0.0, micro == 1))
     if micro > 1:
-        found += micro_batch("last: ", 4.0 * N, True)
+        found += micro_batch("last ", 4.0 * N, True)
     # The optimiser: weights from before where they are kept on a grid; one matrix of decoded moments.
     named = dict(model.gpt.named_parameters())
     old = sum(4 * p.numel() for name, p in named.items() if c.weights.store and _stored(c, name))
     decoded = 8 * max(p.numel() for p in named.values()) if c.optimizer.state else 0
-    return [*found, Moment("optimiser", still | {"gradients": 4 * N / shards, "working": (old + decoded) / shards})]
+    return [*found, Moment("optimiser", "step", still | {"gradients": 4 * N / shards, "working": (old + decoded) / shards})]
 
 
 def _stored(config: Config, name: str) -> bool:

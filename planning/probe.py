@@ -15,7 +15,8 @@ Left out: fragmentation of the allocator, workspaces of libraries, NCCL's buffer
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any
@@ -129,8 +130,8 @@ class Piece:
     other: float = 0  # of matrix products outside of Linears, forward and backward
     codes: float = 0  # bytes of quantised weights, kept until the next step
 
-    def __sub__(self, other: "Piece") -> "Piece":
-        return Piece(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+    def plus(self, other: "Piece", factor: float) -> "Piece":
+        return Piece(*(getattr(self, f.name) + factor * getattr(other, f.name) for f in fields(self)))
 
 
 # --- a model as a GPU would have it ---
@@ -177,14 +178,15 @@ def gathered_in_bf16(module: nn.Module) -> bool:
     return isinstance(module, Linear) and (module.recipe is None or module.recipe.weights == "bf16")
 
 
-Known = dict[tuple, tuple["Piece", dict[str, int]]]
+Known = dict[tuple, Any]  # see Model._known
+PLAIN = GPT.__init__.__defaults__[-1]  # train.recompute without recomputation
 
 
 class Model:
     """A GPT on meta at a share of the run, its kinds of blocks, and what each takes.
 
-    config, share: from 0 to below 1; gpu: None for a CPU; sharded: weights are gathered (several ranks); known: pieces that other
-    models have counted, and those of this one afterwards."""
+    config, share: from 0 to below 1; gpu: None for a CPU; sharded: weights are gathered (several ranks); known: what other
+    models have counted, and this one too afterwards."""
 
     def __init__(
         self,
@@ -210,17 +212,36 @@ class Model:
         for key, members in groups.items():
             piece, calls = self._known(key, members[:1])
             self.calls |= {f"blocks.{members[0]}.{name}": n for name, n in calls.items()}
-            self.blocks |= dict.fromkeys(members, replace(piece - self.around, working=piece.working))
+            self.blocks |= dict.fromkeys(members, replace(piece.plus(self.around, -1), working=piece.working))
 
     def _known(self, key: tuple, members: list[int]) -> tuple[Piece, dict[str, int]]:
         """`_piece`, once for what is the same; names of Linears within a block."""
         t, c = self.config.train, self.config
-        key = (key, self.modules["head"].recipe, c.model, c.sites, t.batch_size, t.dtype, t.recompute, self.gpu, self.sharded)
-        if key not in self.known:
-            piece, calls = self._piece(members)
+        place = c.model, c.sites, t.batch_size, t.dtype, self.gpu, self.sharded
+        full = key, self.modules["head"].recipe, t.recompute, *place
+        if full not in self.known:
+            plain = key[0] if not members else tuple(part[:2] for part in key)
+            if (plain, *place) not in self.known:
+                self.known[plain, *place] = self._twin(members)
+            piece, calls = self._piece(members, self.known[plain, *place])
             inside = {n.split(".", 2)[2]: times for n, times in calls.items() if n.startswith("blocks.")}
-            self.known[key] = piece, inside if members else calls
-        return self.known[key]
+            self.known[full] = piece, inside if members else calls
+        return self.known[full]
+
+    def with_batch(self, other: "Model", size: int) -> "Model":
+        """This model with micro-batches of `size` sequences, along the line through its pieces and those of another one that
+        differs in that alone."""
+        found, own = copy(self), self.config.train.batch_size
+        found.config = replace(self.config, train=replace(self.config.train, batch_size=size))
+        found.tokens = size * self.config.model.seq_len
+        factor = (size - own) / (other.config.train.batch_size - own)
+
+        def along(a: Piece, b: Piece) -> Piece:
+            return a.plus(b.plus(a, -1), factor)
+
+        found.around = along(self.around, other.around)
+        found.blocks = {i: along(piece, other.blocks[i]) for i, piece in self.blocks.items()}
+        return found
 
     def _build(self, **changes: Any) -> GPT:
         c = self.config
@@ -237,20 +258,19 @@ class Model:
         specs = pairs(module)
         return lambda gemm, tokens, dtype, device: backend_on(self.gpu, gemm, *specs[gemm], sizes_of(module, tokens)[gemm])
 
-    def _piece(self, members: list[int]) -> tuple[Piece, dict[str, int]]:
+    def _piece(self, members: list[int], twin: Piece) -> tuple[Piece, dict[str, int]]:
         """What these blocks and all around them take, and how often each of their Linears multiplies forward."""
-        plain = GPT.__init__.__defaults__[-1]  # without recomputation
         run, calls, flops = self._run(self._build(), members)
-        same = self.config.train.recompute == plain
-        whole, _, once = (run, calls, flops) if same else self._run(self._build(recompute=plain), members)
-        twin, _, _ = self._run(self._build(recompute=plain), members, twin=True)
-        given = Piece(
-            *(run["kept"], whole["kept"], twin["working"], twin["moved"]),
-            *(sum(once), flops[0] - once[0], twin["other"], run["codes"]),
-        )
+        same = self.config.train.recompute == PLAIN
+        whole, _, once = (run, calls, flops) if same else self._run(self._build(recompute=PLAIN), members)
+        given = replace(twin, kept=run.kept, whole=whole.kept, codes=run.codes, attention=sum(once), again=flops[0] - once[0])
         return given, calls
 
-    def _run(self, gpt: GPT, members: list[int], twin: bool = False) -> tuple[dict[str, float], dict[str, int], list[float]]:
+    def _twin(self, members: list[int]) -> Piece:
+        """What does not depend on recipes: working, moved, other."""
+        return self._run(self._build(recompute=PLAIN), members, twin=True)[0]
+
+    def _run(self, gpt: GPT, members: list[int], twin: bool = False) -> tuple[Piece, dict[str, int], list[float]]:
         gpt.blocks = nn.ModuleList(gpt.blocks[i] for i in members)
         modules = {m.name: m for m in gpt.modules() if isinstance(m, Linear)}
         calls = dict.fromkeys(modules, 0)
@@ -268,22 +288,23 @@ class Model:
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         batch, c = self.config.train.batch_size, self.config.model
         x = torch.zeros(batch, c.seq_len, dtype=torch.int64, device=META)
-        h = torch.zeros(batch, c.seq_len, c.d_model, dtype=gpt.dtype, device=META, requires_grad=True)
-        before = [x, h, *gpt.parameters(), *gpt.buffers()]
-        with _kernels(self.gpu is not None) as flops, FlopCounterMode(display=False) as counter, Live(before) as live:
+        before = [x, *gpt.parameters(), *gpt.buffers()]
+        counter = FlopCounterMode(display=False) if twin else nullcontext()
+        with _kernels(self.gpu is not None) as flops, counter, Live(before) as live:
             loss = gpt.loss(x, x)
             kept, working = live.now - sum(map(_cached, modules.values())), live.now
             loss.backward()
-        codes, working = sum(map(_cached, modules.values())), live.peak - working
-        products = sum(6 * self.tokens * m.weight.numel() for m in modules.values())
-        other, moved = counter.get_total_flops() - products, live.moved
+        found = Piece(kept=kept, working=live.peak - working, moved=live.moved, codes=sum(map(_cached, modules.values())))
         if members and twin:  # a block's own peak, not that of the loss
-            with _kernels(self.gpu is not None), Live([*before, *gpt.parameters()]) as live:
+            h = torch.zeros(batch, c.seq_len, c.d_model, dtype=gpt.dtype, device=META, requires_grad=True)
+            with _kernels(self.gpu is not None), Live([h, *before]) as live:
                 y = gpt.blocks[0](h, gpt.rope)
                 inside = live.now
                 y.backward(torch.empty_like(y))
-            working = live.peak - inside
-        found = {"kept": kept, "working": working, "moved": moved, "codes": codes, "other": other}
+            found = replace(found, working=live.peak - inside)
+        if twin:
+            products = sum(6 * self.tokens * m.weight.numel() for m in modules.values())
+            found = replace(found, other=counter.get_total_flops() - products)
         return found, calls, flops
 
 

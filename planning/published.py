@@ -5,7 +5,7 @@ They are of torchtitan, which is not this trainer. What is modelled of it, by it
     weights        gathered in BF16, quantised where they are used, codes not kept; gradients reduced in fp32; FSDP2 by blocks
     activations    "selective": a block's input, the output of attention and of every second product are kept, of wq wk wv
                    wo w1 w3 w2 that is wq, wv and w1 (w2's is the next block's input); all else is computed again. FP8 and MXFP8
-                   Linears keep the same; NVFP4 Linears, which are no aten.mm, "packed 4-bit activations", as here, and those two
+                   Linears keep the same; NVFP4 Linears, no aten.mm, keep "packed 4-bit activations", as here, and those two
     loss           2024: eager, in fp32, as here; 2025: compiled, logits and their gradient in BF16; 2026: in 8 chunks, 13 bytes
                    a logit (pytorch/torchtitan pull 4514)
     elementwise    compiled blocks: train.compile = "model"; else eager
@@ -17,6 +17,7 @@ all-gathers, what compilers keep. Published memory is the peak of what the alloc
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from configs import Config, load
@@ -25,6 +26,7 @@ from planning.memory import peak, timeline
 from planning.probe import Model, coded
 from planning.roofline import Estimate, estimate
 
+ROOT = Path(__file__).parent.parent
 HARNESS = "github.com/rdspring1/nvfp4-training-harness, "
 TITAN = "github.com/pytorch/torchtitan, benchmarks/"
 
@@ -43,7 +45,7 @@ class Row(NamedTuple):
     quantisers: float | None = None  # share of the bandwidth that their kernels reach
 
     def load(self) -> Config:
-        return load(f"configs/{self.config}.toml", list(self.overrides))
+        return load(ROOT / f"configs/{self.config}.toml", list(self.overrides))
 
 
 def _model(**sizes: int) -> tuple[str, ...]:

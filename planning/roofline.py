@@ -12,7 +12,8 @@
 
 All shares are in gpus.EFFICIENCY, one number for each kind of work. Links: an all-gather or reduce-scatter of B bytes over S
 ranks brings B (S - 1) / S to each at the bandwidth of its link, or, beyond a domain of links, at that of all NICs of a domain
-if that is less; an all-reduce over R replicas 2 (R - 1) / R of a shard, over the rank's own NIC.
+if that is less; an all-reduce over R replicas 2 (R - 1) / R of a shard, over the rank's own NIC. Each hop of a ring takes time
+too, which is what ends one over thousands of ranks.
 Left out: launches, synchronisation, stragglers, the data loader, validation, checkpoints (failures.py), power limits.
 """
 
@@ -24,8 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs import Config
-from planning.gpus import EFFICIENCY, GPU, HOST, PCIE
-from planning.memory import groups, moment_bytes, shared
+from planning.gpus import EFFICIENCY, FAR_HOP, GPU, HOP, HOST, PCIE, START
+from planning.memory import Group, groups, moment_bytes, shared
 from planning.probe import Model, backend_on, coded, element_on, pairs, sizes_of
 from quant.choice import Spec
 from quant.linear import GEMMS, Linear
@@ -54,6 +55,12 @@ def kernels() -> dict[str, Kernel]:
     }
 
 
+def quantiser_name(rows: Spec | None, cols: Spec | None) -> str:
+    """As in docs/kernels.md; "" where nothing is quantised."""
+    names = [spec.short() if spec else "-" for spec in (rows, cols)]
+    return "" if names == ["-", "-"] else f"{names[0]} both ways" if names[0] == names[1] else " | ".join(names)
+
+
 def _needs_amax(spec: Spec) -> bool:
     """Whether the whole tensor is read before it is quantised."""
     return not spec.scale.history and (spec.scale.outer != "none" or -1 in spec.block)
@@ -71,8 +78,7 @@ def quantiser(
     if any(spec.ladder for spec in specs):  # each candidate is quantised, read again for its error, and one is decoded
         moved = sum(2 * (read + _bits(c)) for spec in specs for c in spec.candidates if c.scale.format != "none")
         return (moved + 4 * len(specs)) * elements / speed
-    names = [spec.short() if spec else "-" for spec in (rows, cols)]
-    found = kernels().get(f"{names[0]} both ways" if names[0] == names[1] else " | ".join(names))
+    found = kernels().get(quantiser_name(rows, cols))
     moved = found.moved - 2 + read if found else read + sum(map(_bits, specs))
     moved += read * any(map(_needs_amax, specs)) + decoded * sum(_bits(spec) + 2 for spec in specs)
     issued = found.instructions.get(gpu.capability, 0.0) if found and not share else 0.0
@@ -209,25 +215,28 @@ def _step(model: Model, gpu: GPU, ranks: int, share: float | None) -> tuple[dict
     host = 8 * N / shards if c.parallel.offload else 0.0  # gradients down, masters up
     parts["optimiser"] = touched / HOST + host / PCIE if c.parallel.offload else touched / memory
 
-    # Links. `wide`: shards reach beyond a domain; `own`: the NIC is this rank's alone (replicas are other domains).
+    # Links. `wide`: shards reach beyond a domain; `far`: replicas are in other domains, where a rank has a NIC of its own.
     wide, one = shards > gpu.domain, (shards - 1) / shards
     speed = links * (min(gpu.link, gpu.domain * gpu.nic) if wide else gpu.link)
     far = replicas > 1 and shards * replicas > gpu.domain
     reduced = 4 * 2 * (replicas - 1) / replicas / shards  # bytes a parameter, of the all-reduce
     across = links * (gpu.nic if far else gpu.link)
+    domains = max(1, shards // gpu.domain)
+    ring = (START + (domains - 1) * FAR_HOP + (shards - domains) * HOP) * (shards > 1)
+    rings = (START + 2 * (replicas - 1) * (FAR_HOP if far else HOP)) * (replicas > 1)
 
-    def seconds(of: dict[str, float]) -> float:
-        return sum(of.values())
+    def gathering(g: Group) -> float:
+        return g.gathered * one / speed + ring
 
-    exposed = 0.0
+    def reducing(g: Group) -> float:
+        return g.count * (4 * one / speed + reduced / across) + ring + rings
+
+    exposed, hidden = 0.0, bool(c.parallel.prefetch)
     for last in [False] * (micro - 1) + [True]:
-        exposed += 2 * rest.gathered * one / speed + last * rest.count * (4 * one / speed + reduced / across)
+        exposed += 2 * gathering(rest) + last * reducing(rest)
         for g, w in zip(blocks, order, strict=True):
-            hidden = bool(c.parallel.prefetch)
-            gather = g.gathered * one / speed
-            reduce = last * g.count * (4 * one / speed + reduced / across)
-            exposed += max(0.0, gather - hidden * seconds(w.forward))
-            exposed += max(0.0, gather + reduce - hidden * seconds(w.backward))
+            exposed += max(0.0, gathering(g) - hidden * sum(w.forward.values()))
+            exposed += max(0.0, gathering(g) + last * reducing(g) - hidden * sum(w.backward.values()))
     parts["links"] = exposed
     gathers = 2 * micro * (sum(g.gathered for g in blocks) + rest.gathered)
     moved = (gathers + 4 * N) * one
