@@ -37,8 +37,7 @@ data: config-exists $(ready) ## prepare the data of a config and stop [CONFIG=co
 train: config-exists $(ready) ## prepare the data and train [CONFIG=configs/x.toml ARGS="train.steps=100 run.name=a ..."]
 	$(py) train.py $(CONFIG) $(ARGS)
 
-# (NGPU is of the plan; nothing runs on them)
-plan: $(ready) ## memory, time and cost of a run before it runs: CONFIG=... NGPU=32 GPU=b200|gb200|h200|h100|... [ARGS="key=value ..."]
+plan: $(ready) ## memory, time and cost of a run before it runs: CONFIG=... NGPU=32 GPU=b200|gb200|h200|... [ARGS="key=value --check"]
 	$(if $(wildcard $(CONFIG)),,$(error CONFIG=$(CONFIG): no such file; there are $(wildcard configs/*.toml)))
 	$(py) plan.py $(CONFIG) --gpus $(NGPU) --gpu $(GPU) $(ARGS)
 

@@ -18,14 +18,14 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, get_args, get_type_hints
+from typing import NamedTuple
 
-from configs import Config, TrainConfig, load, near
+from configs import Config, load, near
 from model import flops_per_token
 from planning.failures import interrupted, simulated
 from planning.gpus import EFFICIENCY, GIB, GPU, GPUS
 from planning.memory import ASIDE, FRAGMENTS, KINDS, Moment, changed, fits, groups, moment_bytes, peak, shared, timeline
-from planning.probe import PLAIN, Known, Model, element_on, pairs, sizes_of
+from planning.probe import LEVELS, Known, Model, element_on, pairs, sizes_of
 from planning.published import ROWS, UNCHECKED, check
 from planning.roofline import FORMATS, Estimate, estimate, flops, kernels, phases, quantiser_name
 from quant import Moments, QuantSpec, Rule, Scale
@@ -87,7 +87,7 @@ def largest_batch(found: Plan, known: Known) -> int:
     Bytes lie on a line, which two sizes give."""
     own, limit = found.config.train.batch_size, found.config.train.batch_size * found.config.train.micro_batches // found.ranks
     double = changed(found.config, "train", batch_size=2 * own)
-    others = {begin: Model(double, begin, found.gpu, model.sharded, known) for begin, model in found.models.items()}
+    others = {begin: Model(double, begin, found.gpu, m.sharded, known, bytes_only=True) for begin, m in found.models.items()}
 
     def able(size: int) -> bool:
         models = (model.with_batch(others[begin], size) for begin, model in found.models.items())
@@ -101,10 +101,10 @@ Change = Callable[[Config, int], tuple[Config, int]]
 
 def changes(found: Plan) -> Iterator[tuple[str, Change]]:
     """What saves memory, in the order of what it costs."""
-    c, kind = found.config, get_type_hints(TrainConfig)["recompute"]
-    for level in [True] if kind is bool else [v for v in get_args(kind) if v != PLAIN]:
+    c = found.config
+    for level in LEVELS[1:]:
         yield f"train.recompute={str(level).lower()}", lambda c, n, level=level: (changed(c, "train", recompute=level), n)
-    if c.train.batch_size > 1:
+    if c.train.batch_size % 2 == 0:
         keys = dict(batch_size=c.train.batch_size // 2, micro_batches=2 * c.train.micro_batches)
         text = " ".join(f"train.{key}={value}" for key, value in keys.items())
         yield text, lambda c, n: (changed(c, "train", **keys), n)
@@ -124,7 +124,8 @@ def remedies(found: Plan, known: Known) -> Iterator[str]:
     useful: list[tuple[str, Change]] = []
     enough = False
     for name, change in changes(found):
-        other = plan(*_swapped(change(found.config, found.ranks), found.gpu), known)
+        config, ranks = change(found.config, found.ranks)
+        other = plan(config, found.gpu, ranks, known)
         if other.peak.reserved < found.peak.reserved:
             useful, enough = [*useful, (name, change)], enough or other.fits
             saved = (found.peak.reserved - other.peak.reserved) / GIB
@@ -137,10 +138,6 @@ def remedies(found: Plan, known: Known) -> Iterator[str]:
             return
     if not enough:
         yield "    all of them together do not suffice: another GPU, or tensor or pipeline parallelism (docs/scale.md)"
-
-
-def _swapped(given: tuple[Config, int], gpu: GPU) -> tuple[Config, GPU, int]:
-    return given[0], gpu, given[1]
 
 
 # --- the table ---

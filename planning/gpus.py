@@ -63,11 +63,11 @@ GPUS = {
         "nvidia.com/en-us/data-center/gb200-nvl72: 720 PF of dense FP4, 576 TB/s for 72",
     ),
     "b300": _nvidia(
-        *("B300 (DGX, HGX)", 103, 288e9, 8.0, 2250, 4500, 13500, 900, 8, 100, 148, 1.85),
+        *("B300 (DGX, HGX)", 103, 288e9, 8.0, 2250, 4500, 13500, 900, 8, 100, 160, 1.85),
         "nvidia.com/en-us/data-center/hgx: 108 PF of dense FP4 for 8",
     ),
     "gb300": _nvidia(
-        *("GB300 (NVL72)", 103, 288e9, 8.0, 2500, 5000, 15000, 900, 72, 100, 148, 1.85),
+        *("GB300 (NVL72)", 103, 288e9, 8.0, 2500, 5000, 15000, 900, 72, 100, 160, 1.85),
         "nvidia.com/en-us/data-center/gb300-nvl72: 1,080 PF of dense FP4 for 72",
     ),
     # No NVLink: PCIe 5 x16. Peaks: 4,000 TOPS of sparse FP4, halved for dense and again for each doubling of bits.

@@ -26,7 +26,7 @@ from torch import nn
 
 from configs import Config
 from planning.gpus import GPU
-from planning.probe import Model, coded, gathered_in_bf16
+from planning.probe import DTYPES, Model, coded, gathered_in_bf16
 from quant.linear import Linear
 
 KINDS = "masters", "moments", "gradients", "codes", "gathered", "activations", "working"
@@ -68,8 +68,9 @@ def shared(config: Config, ranks: int) -> tuple[int, int, int]:
     if micro % ranks:
         able = [n for n in range(replicas, micro + 1, replicas) if micro % n == 0]
         near = sorted(able, key=lambda n: abs(n - ranks))[:4]
+        end = "; no more ranks than micro-batches (docs/scale.md)" * (ranks > micro)
         raise ValueError(
-            f"NGPU = {ranks}: train.micro_batches = {micro} of a step must be shared out evenly; near are {sorted(near)}"
+            f"NGPU = {ranks}: train.micro_batches = {micro} of a step must be shared out evenly; near are {sorted(near)}{end}"
         )
     return ranks // replicas, replicas, micro // ranks
 
@@ -80,10 +81,10 @@ def group(config: Config, parts: list[nn.Module]) -> Group:
     for module in (m for part in parts for m in part.modules()):
         for p in (p for p in module.parameters(recurse=False) if id(p) not in seen):
             seen.add(id(p))
-            half = gathered_in_bf16(module)
+            size = DTYPES[config.train.dtype].itemsize if gathered_in_bf16(module) else 4
             codes = config.parallel.gather == "codes" and isinstance(module, Linear) and module.recipe
-            count, made = count + p.numel(), made + p.numel() * (2 if half else 4)
-            gathered += code_bytes(module) if codes else p.numel() * (2 if half else 4)
+            count, made = count + p.numel(), made + p.numel() * size
+            gathered += code_bytes(module) if codes else p.numel() * size
     return Group(count, gathered, made)
 
 

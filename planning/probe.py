@@ -5,12 +5,13 @@ transformer is here.
     a run              GPT.loss and its backward, of a model that has that block alone, less one that has none
 
 A run notes every storage that lives and when it dies (TorchDispatchMode), so it does not matter who keeps a tensor: autograd,
-activation checkpointing, or a Linear its codes. Twice: as the config has it; and its twin, without recipes and recomputation,
-for what is not saved (the quantisers of a run on meta are plain torch, with temporaries that kernels do not have).
+activation checkpointing, or a Linear its codes. So it runs as the config has it; and its twin, without recipes and
+recomputation, for what is not saved (the quantisers of a run on meta are plain torch, with temporaries that kernels do not
+have); and with recomputation, where there is some, products emulated, for the FLOPs that are repeated.
 
-Attention is counted as flash attention keeps it (q, k, v, its output and a logarithm for each row), which meta tensors are not
-given by torch, and RMSNorm on a GPU as its fused kernel does (x and 1 / rms). Weights that FSDP gathers in BF16 are BF16 here.
-Left out: fragmentation of the allocator, workspaces of libraries, NCCL's buffers, the CUDA context.
+Attention is that of CUDA (torch's flash attention, which keeps q, k, v, its output and a logarithm for each row; meta tensors
+would be given T x T), and RMSNorm on a GPU its fused kernel (which keeps x and 1 / rms). Weights that FSDP gathers in BF16 are
+BF16 here. Left out: fragmentation of the allocator, workspaces of libraries, NCCL's buffers, the CUDA context.
 """
 
 import weakref
@@ -19,7 +20,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, get_args, get_type_hints
 from unittest.mock import patch
 
 import torch
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs import Config
+from configs import Config, TrainConfig
 from model import GPT
 from planning.gpus import GPU
 from quant import QuantSpec, assign, assign_sites, attach, quantize
@@ -74,20 +75,6 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-class _Flash(torch.autograd.Function):
-    """q [B, H, T, d], k, v [B, KV, T, d]."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        y, rows = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, y, rows)
-        return y
-
-    @staticmethod
-    def backward(ctx, g):
-        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
-
-
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
@@ -99,22 +86,19 @@ class _Norm(torch.autograd.Function):
         return tuple(map(torch.empty_like, ctx.saved_tensors[:2]))
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:
+    """q [B, H, T, d], k, v [B, KV, T, d] -> [B, H, T, d], causal, as CUDA has it: torch's own operation, on meta."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+
+
 @contextmanager
-def _kernels(fused_norm: bool) -> Iterator[list[float]]:
-    """F's attention and, on a GPU, norm replaced by what their kernels keep; yields FLOPs of attention, forward and backward:
-    2 and 5 products of T x T x d, half of which a causal mask leaves (arXiv:2307.08691, section 2.3)."""
-    flops = [0.0, 0.0]
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:
-        product = q.numel() * k.shape[2]  # 2 B H T T' d, halved
-        flops[0], flops[1] = flops[0] + 2 * product, flops[1] + 5 * product
-        return _Flash.apply(q, k, v)
-
+def _kernels(fused_norm: bool) -> Iterator[None]:
+    """F's attention and, on a GPU, norm replaced by what their kernels keep."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
         if fused_norm:
             stack.enter_context(patch.object(F, "rms_norm", lambda x, size, weight, eps: _Norm.apply(x, weight)))
-        yield flops
+        yield
 
 
 @dataclass(frozen=True)
@@ -125,9 +109,10 @@ class Piece:
     whole: float = 0  # the same without recomputation, which its own backward has
     working: float = 0  # above that, while it runs
     moved: float = 0  # bytes that everything but matrix products reads and writes, forward and backward, not fused
-    attention: float = 0  # FLOPs of attention, forward and backward
+    attention: float = 0  # FLOPs of attention, forward and backward: 2 and 5 products, of which a causal mask leaves half
     again: float = 0  # ... recomputed
-    other: float = 0  # of matrix products outside of Linears, forward and backward
+    products: float = 0  # FLOPs of matrix products, forward and backward, in Linears and elsewhere
+    repeated: float = 0  # ... recomputed
     codes: float = 0  # bytes of quantised weights, kept until the next step
 
     def plus(self, other: "Piece", factor: float) -> "Piece":
@@ -174,19 +159,20 @@ def pairs(module: Linear) -> dict[str, tuple[Spec | None, Spec | None]]:
 
 
 def gathered_in_bf16(module: nn.Module) -> bool:
-    """Linears that are not quantised, and those quantised from the BF16 copy; all else is gathered in fp32."""
+    """In the compute dtype: Linears that are not quantised, or from their BF16 copy; all else is gathered in fp32."""
     return isinstance(module, Linear) and (module.recipe is None or module.recipe.weights == "bf16")
 
 
-Known = dict[tuple, Any]  # see Model._known
-PLAIN = GPT.__init__.__defaults__[-1]  # train.recompute without recomputation
+Known = dict[tuple, Piece]  # see Model._known
+LEVELS = get_args(get_type_hints(TrainConfig)["recompute"]) or (False, True)  # of train.recompute, from nothing to all
+PLAIN, FULL = LEVELS[0], LEVELS[-1]
 
 
 class Model:
     """A GPT on meta at a share of the run, its kinds of blocks, and what each takes.
 
     config, share: from 0 to below 1; gpu: None for a CPU; sharded: weights are gathered (several ranks); known: what other
-    models have counted, and this one too afterwards."""
+    models have counted, and this one too afterwards; bytes_only: without the FLOPs of what is recomputed."""
 
     def __init__(
         self,
@@ -195,10 +181,11 @@ class Model:
         gpu: GPU | None = None,
         sharded: bool = False,
         known: Known | None = None,
+        bytes_only: bool = False,
     ):
-        self.config, self.share, self.gpu, self.sharded = config, share, gpu, sharded
+        self.config, self.share, self.gpu, self.sharded, self.bytes_only = config, share, gpu, sharded, bytes_only
         self.tokens = config.train.batch_size * config.model.seq_len
-        self.gpt, self.known = self._build(), {} if known is None else known
+        self.gpt, self.known = self._build(config.train.recompute), {} if known is None else known
         self.modules = linears(self.gpt)
         groups: dict[tuple, list[int]] = {}
         for i, block in enumerate(self.gpt.blocks):
@@ -207,25 +194,21 @@ class Model:
             groups.setdefault((*modules, *shapes), []).append(i)
         self.kinds = list(groups.values())
         self.blocks: dict[int, Piece] = {}
-        self.around, calls = self._known(("head", self.modules["head"].recipe), [])
-        self.calls: dict[str, float] = dict(calls)  # how often a Linear multiplies forward
+        self.around = self._known((), [])
         for key, members in groups.items():
-            piece, calls = self._known(key, members[:1])
-            self.calls |= {f"blocks.{members[0]}.{name}": n for name, n in calls.items()}
+            piece = self._known(key, members[:1])
             self.blocks |= dict.fromkeys(members, replace(piece.plus(self.around, -1), working=piece.working))
 
-    def _known(self, key: tuple, members: list[int]) -> tuple[Piece, dict[str, int]]:
-        """`_piece`, once for what is the same; names of Linears within a block."""
+    def _known(self, key: tuple, members: list[int]) -> Piece:
+        """`_piece`, once for what is the same."""
         t, c = self.config.train, self.config
         place = c.model, c.sites, t.batch_size, t.dtype, self.gpu, self.sharded
-        full = key, self.modules["head"].recipe, t.recompute, *place
+        full = key, self.modules["head"].recipe, t.recompute, self.bytes_only, *place
         if full not in self.known:
-            plain = key[0] if not members else tuple(part[:2] for part in key)
-            if (plain, *place) not in self.known:
-                self.known[plain, *place] = self._twin(members)
-            piece, calls = self._piece(members, self.known[plain, *place])
-            inside = {n.split(".", 2)[2]: times for n, times in calls.items() if n.startswith("blocks.")}
-            self.known[full] = piece, inside if members else calls
+            plain = tuple(part[:2] for part in key), *place
+            if plain not in self.known:
+                self.known[plain] = self._run(PLAIN, members, twin=True)
+            self.known[full] = self._piece(members, self.known[plain])
         return self.known[full]
 
     def with_batch(self, other: "Model", size: int) -> "Model":
@@ -243,10 +226,10 @@ class Model:
         found.blocks = {i: along(piece, other.blocks[i]) for i, piece in self.blocks.items()}
         return found
 
-    def _build(self, **changes: Any) -> GPT:
+    def _build(self, level: Any) -> GPT:
         c = self.config
         with META:
-            gpt = GPT(c.model, DTYPES[c.train.dtype], **{"recompute": c.train.recompute, **changes})
+            gpt = GPT(c.model, DTYPES[c.train.dtype], level)
         attach(gpt, Context(device=META))
         assign(gpt, c.recipes, c.policy, self.share)
         assign_sites(gpt, c.sites)
@@ -258,43 +241,45 @@ class Model:
         specs = pairs(module)
         return lambda gemm, tokens, dtype, device: backend_on(self.gpu, gemm, *specs[gemm], sizes_of(module, tokens)[gemm])
 
-    def _piece(self, members: list[int], twin: Piece) -> tuple[Piece, dict[str, int]]:
-        """What these blocks and all around them take, and how often each of their Linears multiplies forward."""
-        run, calls, flops = self._run(self._build(), members)
-        same = self.config.train.recompute == PLAIN
-        whole, _, once = (run, calls, flops) if same else self._run(self._build(recompute=PLAIN), members)
-        given = replace(twin, kept=run.kept, whole=whole.kept, codes=run.codes, attention=sum(once), again=flops[0] - once[0])
-        return given, calls
+    def _piece(self, members: list[int], twin: Piece) -> Piece:
+        """What these blocks and all around them take."""
+        level = self.config.train.recompute
+        run = self._run(level, members)
+        if level == PLAIN:
+            return replace(twin, kept=run.kept, whole=run.kept, codes=run.codes)
+        found = replace(twin, kept=run.kept, whole=self._run(PLAIN, members).kept, codes=run.codes)
+        if self.bytes_only:
+            return found
+        again = self._run(level, members, emulated=True).plus(twin, -1)
+        return replace(found, again=again.attention, repeated=again.products)
 
-    def _twin(self, members: list[int]) -> Piece:
-        """What does not depend on recipes: working, moved, other."""
-        return self._run(self._build(recompute=PLAIN), members, twin=True)[0]
-
-    def _run(self, gpt: GPT, members: list[int], twin: bool = False) -> tuple[Piece, dict[str, int], list[float]]:
+    def _run(self, level: Any, members: list[int], twin: bool = False, emulated: bool = False) -> Piece:
+        """One forward and backward of a model of these blocks. twin: without recipes, and what does not depend on them;
+        emulated: with products that torch can count."""
+        gpt = self._build(level)
         gpt.blocks = nn.ModuleList(gpt.blocks[i] for i in members)
-        modules = {m.name: m for m in gpt.modules() if isinstance(m, Linear)}
-        calls = dict.fromkeys(modules, 0)
-
-        def count(module: Linear, *_) -> None:
-            calls[module.name] += 1
-
-        for module in modules.values():
+        modules = [m for m in gpt.modules() if isinstance(m, Linear)]
+        for module in modules:
             if self.sharded and gathered_in_bf16(module) or twin and module.recipe:
                 module.weight = nn.Parameter(module.weight.to(gpt.dtype))
             if twin:
                 module.recipe = None
-            module.register_forward_pre_hook(count)
+            if emulated:
+                module.backend = lambda *_: "emulate"
         for p in gpt.parameters():  # gradients are counted elsewhere
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         batch, c = self.config.train.batch_size, self.config.model
         x = torch.zeros(batch, c.seq_len, dtype=torch.int64, device=META)
         before = [x, *gpt.parameters(), *gpt.buffers()]
-        counter = FlopCounterMode(display=False) if twin else nullcontext()
-        with _kernels(self.gpu is not None) as flops, counter, Live(before) as live:
+        counted = twin or emulated
+        counter = FlopCounterMode(display=False) if counted else nullcontext()
+        with _kernels(self.gpu is not None), counter, Live(before) as live:
             loss = gpt.loss(x, x)
-            kept, working = live.now - sum(map(_cached, modules.values())), live.now
+            kept, working = live.now - sum(map(_cached, modules)), live.now
             loss.backward()
-        found = Piece(kept=kept, working=live.peak - working, moved=live.moved, codes=sum(map(_cached, modules.values())))
+        if not counted:
+            return Piece(kept=kept, codes=sum(map(_cached, modules)))
+        found = Piece(working=live.peak - working, moved=live.moved)
         if members and twin:  # a block's own peak, not that of the loss
             h = torch.zeros(batch, c.seq_len, c.d_model, dtype=gpt.dtype, device=META, requires_grad=True)
             with _kernels(self.gpu is not None), Live([h, *before]) as live:
@@ -302,10 +287,9 @@ class Model:
                 inside = live.now
                 y.backward(torch.empty_like(y))
             found = replace(found, working=live.peak - inside)
-        if twin:
-            products = sum(6 * self.tokens * m.weight.numel() for m in modules.values())
-            found = replace(found, other=counter.get_total_flops() - products)
-        return found, calls, flops
+        flops = counter.get_flop_counts()["Global"]
+        attention = sum(n for op, n in flops.items() if "attention" in str(op))
+        return replace(found, attention=attention / 2, products=sum(flops.values()) - attention)
 
 
 def _cached(module: Linear) -> float:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from configs import Config, load
 from planning.gpus import GPUS
 from planning.memory import peak, timeline
-from planning.probe import Model, coded
+from planning.probe import FULL, Model, coded
 from planning.roofline import Estimate, estimate
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def _h200(ranks: int, speed: float, gib: float) -> Row:
 
 _FP8 = ("recipes.fp8-tensorwise.weights=bf16",)
 _MX = ("recipes.mxfp8.weights=bf16",)
-_LONG = (*_SWIGLU, *_LLAMA, *_batch(1, 8, 32768), *_FP8, "train.recompute=true")
+_LONG = (*_SWIGLU, *_LLAMA, *_batch(1, 8, 32768), *_FP8, f"train.recompute={str(FULL).lower()}")
 _RUNS, _MORE = "llama3/run_logs/eager_trainer/", "qwen3/run_logs_pretrain/random_init/eager_trainer/"
 ROWS = [
     # The first is the one that EFFICIENCY["products"] was chosen by.
@@ -116,8 +116,6 @@ UNCHECKED = {
     "DeepSeek-V3 16B (torchao pull 4798)": "mixture of experts",
     "arXiv:2509.25149, 12B": "no memory or throughput is published",
 }
-# How often a block's Linears multiply forward, by torchtitan's rule: wk, wo and w3 again; all but w2 where nothing is kept.
-CALLS = {"attn.out": 2.0, "ffn.up": 1.5, "ffn.down": 1.0}
 
 
 def selective(model: Model) -> None:
@@ -131,12 +129,11 @@ def selective(model: Model) -> None:
         packed = sum(coded(m.recipe.wgrad.x, (m.in_features, T)) for m in low) / T
         kept = 2 * c.d_model + 2 * heads + 4 * c.heads + (packed if low else 2 * (heads + kv + c.ffn))
         piece = model.blocks[members[0]]
-        piece = replace(piece, kept=T * kept, whole=max(piece.whole, T * kept), codes=0.0)
+        again = c.d_model * (kv + heads + c.ffn)  # wk, wo, w3; of NVFP4 all but w2
+        if low:
+            again = sum(m.weight.numel() for m in inside) - c.d_model * c.ffn
+        piece = replace(piece, kept=T * kept, whole=max(piece.whole, T * kept), codes=0.0, repeated=2 * T * again)
         model.blocks |= dict.fromkeys(members, piece)
-        calls = dict.fromkeys(("attn.qkv", "attn.out", "ffn.up"), 2.0) | {"ffn.down": 1.0}
-        if not low:
-            calls = CALLS | {"attn.qkv": 1 + kv / (heads + 2 * kv)}
-        model.calls |= {name + key: value for key, value in calls.items()}
 
 
 def check(row: Row) -> tuple[Estimate, float]:

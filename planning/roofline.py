@@ -104,17 +104,29 @@ def modules_of(model: Model, members: list[int]) -> list[Linear]:
     return [m for n, m in model.modules.items() if n.startswith(names[0]) and (members or not n.startswith("blocks."))]
 
 
+def outside(model: Model, members: list[int]) -> float:
+    """FLOPs of matrix products outside of Linears, forward and backward (of these blocks, or what is around all)."""
+    piece = model.blocks[members[0]] if members else model.around
+    return piece.products - 6 * model.tokens * sum(m.weight.numel() for m in modules_of(model, members[:1]))
+
+
+def forwards(model: Model, members: list[int]) -> float:
+    """How often a Linear there multiplies forward, on average by FLOPs: once, and what is recomputed."""
+    piece = model.blocks[members[0]] if members else model.around
+    return 1 + 3 * piece.repeated / piece.products if piece.products else 1.0
+
+
 def flops(model: Model, gpu: GPU, executed: bool = False) -> dict[str, float]:
     """A token's FLOPs, forward and backward, by the format they are multiplied in; executed: with what is recomputed."""
     found, T = dict.fromkeys((*FORMATS, "attention"), 0.0), model.tokens
     for members in [[], *model.kinds]:
         piece = model.blocks[members[0]] if members else model.around
-        count = max(1, len(members))
+        count, times = max(1, len(members)), forwards(model, members)
         for module in modules_of(model, members[:1]):
             for gemm, specs in pairs(module).items():
-                times = model.calls[module.name] if gemm == "fprop" and executed else 1
-                found[element_on(gpu, gemm, *specs, sizes_of(module, T)[gemm])] += 2 * module.weight.numel() * count * times
-        found["bf16"] += piece.other * count / T
+                repeated = times if gemm == "fprop" and executed else 1
+                found[element_on(gpu, gemm, *specs, sizes_of(module, T)[gemm])] += 2 * module.weight.numel() * count * repeated
+        found["bf16"] += outside(model, members) * count / T
         found["attention"] += (piece.attention + piece.again * executed) * count / T
     return found
 
@@ -123,9 +135,9 @@ def work(model: Model, gpu: GPU, members: list[int], share: float | None = None)
     """Of one of these blocks, or of what is around all blocks. share: as of `quantiser`."""
     piece, found, T = model.blocks[members[0]] if members else model.around, Work(), model.tokens
     memory = gpu.bandwidth * EFFICIENCY["memory"].share
-    fused = 0.0
+    fused, calls = 0.0, forwards(model, members)
     for module in modules_of(model, members[:1]):
-        calls, specs, sizes = model.calls[module.name], pairs(module), sizes_of(module, T)
+        specs, sizes = pairs(module), sizes_of(module, T)
         for gemm in GEMMS:
             element = element_on(gpu, gemm, *specs[gemm], sizes[gemm])
             seconds = 2 * T * module.weight.numel() / (gpu.peak(element) * EFFICIENCY["products"].share)
@@ -143,10 +155,10 @@ def work(model: Model, gpu: GPU, members: list[int], share: float | None = None)
     found.forward["attention"] += piece.attention * 2 / 7 / attention
     found.backward["attention"] += (piece.attention * 5 / 7 + piece.again) / attention
     other = gpu.bf16 * EFFICIENCY["products"].share
-    found.forward["products in bf16"] += piece.other / 3 / other
-    found.backward["products in bf16"] += piece.other * 2 / 3 / other
+    found.forward["products in bf16"] += outside(model, members) / 3 / other
+    found.backward["products in bf16"] += outside(model, members) * (1 + calls) / 3 / other
     moved = 3 * fused if model.config.train.compile == "model" else piece.moved
-    again = max((model.calls[m.name] for m in modules_of(model, members[:1])), default=1) - 1
+    again = piece.kept < piece.whole  # all that is not a product is computed again
     found.forward["elementwise"] += moved / 3 / memory
     found.backward["elementwise"] += moved * (2 + again) / 3 / memory
     return found
@@ -212,8 +224,9 @@ def _step(model: Model, gpu: GPU, ranks: int, share: float | None) -> tuple[dict
 
     # The optimiser reads and writes masters and moments, and reads gradients twice (their norm).
     touched = (16 * N + 2 * moment_bytes(c, model.gpt)) / shards
-    host = 8 * N / shards if c.parallel.offload else 0.0  # gradients down, masters up
-    parts["optimiser"] = touched / HOST + host / PCIE if c.parallel.offload else touched / memory
+    away = c.parallel.offload  # gradients go down, and for each all-gather a shard comes up, in fp32
+    host = 4 * N / shards * (1 + 2 * micro) if away else 0.0
+    parts["optimiser"] = touched / HOST + 4 * N / shards / PCIE if away else touched / memory
 
     # Links. `wide`: shards reach beyond a domain; `far`: replicas are in other domains, where a rank has a NIC of its own.
     wide, one = shards > gpu.domain, (shards - 1) / shards
@@ -226,7 +239,7 @@ def _step(model: Model, gpu: GPU, ranks: int, share: float | None) -> tuple[dict
     rings = (START + 2 * (replicas - 1) * (FAR_HOP if far else HOP)) * (replicas > 1)
 
     def gathering(g: Group) -> float:
-        return g.gathered * one / speed + ring
+        return g.gathered * one / speed + ring + away * 4 * g.count / shards / PCIE
 
     def reducing(g: Group) -> float:
         return g.count * (4 * one / speed + reduced / across) + ring + rings

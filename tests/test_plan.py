@@ -14,7 +14,7 @@ from model import parameter_count
 from planning.failures import expected, interrupted, simulated
 from planning.gpus import GPUS
 from planning.memory import ASIDE, KINDS, changed, groups, peak, timeline
-from planning.probe import Model
+from planning.probe import FULL, Model
 from planning.published import ROWS, check
 from planning.roofline import estimate, flops, kernels, quantiser_name
 from train import Trainer
@@ -52,6 +52,7 @@ def measured(config) -> tuple[float, float]:
     return live, max(itertools.accumulate(size for _, size in changes))
 
 
+RECOMPUTE = f"train.recompute={str(FULL).lower()}"
 SMALL = ["train.compile=off", "model.blocks=2", "model.seq_len=128", "train.batch_size=4"]
 
 
@@ -63,7 +64,7 @@ SMALL = ["train.compile=off", "model.blocks=2", "model.seq_len=128", "train.batc
             pytest.param(name, overrides, marks=pytest.mark.slow)
             for name, overrides in [
                 ("tiny-nvfp4", []),
-                ("tiny-nvfp4", ["train.recompute=true"]),
+                ("tiny-nvfp4", [RECOMPUTE]),
                 ("mxfp8", []),
                 ("mor-tensor", []),
                 ("fp8-adam", []),
@@ -102,21 +103,21 @@ def test_what_a_block_keeps_on_a_gpu():
     norms = 2 * (4 * c.d_model + 4)
     attention = 2 * c.d_model + 2 * (heads + 2 * kv) + 2 * (heads + kv) + 2 * heads + 4 * c.heads + 2 * heads
     ffn = 2 * c.d_model + 2 * 2 * c.ffn + 2 * c.ffn + 2 * c.ffn
-    assert model.blocks[0].kept == T * (norms + attention + ffn) and model.blocks[0].codes == 0
+    assert model.blocks[0].kept == T * (norms + attention + ffn) + 24 and model.blocks[0].codes == 0  # (a seed and offset)
     around = T * (4 * c.vocab_size + 4 * c.d_model + 4 + 2 * c.d_model)  # log-softmax; the last norm, the head's input
     assert model.around.kept == pytest.approx(around, rel=1e-3)  # and a few numbers of the loss
 
 
 def test_recomputation_keeps_a_blocks_input():
-    model = Model(llama("train.recompute=true"), 0.0, GPUS["b200"], sharded=True)
+    model = Model(llama(RECOMPUTE), 0.0, GPUS["b200"], sharded=True)
     c = model.config.model
     assert model.blocks[0].kept == pytest.approx(2 * c.d_model * model.tokens, abs=100)
     assert model.blocks[0].whole == pytest.approx(Model(llama(), 0.0, GPUS["b200"], True).blocks[0].kept, abs=100)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [[], [RECOMPUTE]], ids=["kept", "recomputed"])
 def test_flops_by_format(recompute):
-    config = llama(f"train.recompute={str(recompute).lower()}")
+    config = llama(*recompute)  # (of NVFP4 all products of a block are repeated, of BF16 not the last: nothing waits for it)
     c, gpu = config.model, GPUS["b200"]
     found = flops(Model(config, 0.0, gpu, True, KNOWN), gpu, executed=True)
     block = c.d_model * (2 * c.heads + 2 * c.kv_heads) * c.head_dim + 3 * c.d_model * c.ffn
@@ -164,7 +165,7 @@ def test_bytes_are_linear_in_the_batch():
 def test_a_model_counted_before_is_the_same():
     known: dict = {}
     first, again = (Model(llama(), 0.0, GPUS["b200"], True, known) for _ in range(2))
-    assert first.blocks == again.blocks == Model(llama(), 0.0, GPUS["b200"], True).blocks and first.calls == again.calls
+    assert first.blocks == again.blocks == Model(llama(), 0.0, GPUS["b200"], True).blocks
 
 
 # --- the machine ---
@@ -261,7 +262,11 @@ def test_a_picture(tmp_path):
     ("arguments", "said"),
     [
         (["--gpu", "b2000"], "GPU = 'b2000': no data sheet of that name; did you mean 'b200'?"),
-        (["--gpus", "3"], "NGPU = 3: train.micro_batches = 2 of a step must be shared out evenly; near are [1, 2]"),
+        (
+            ["--gpus", "3"],
+            "NGPU = 3: train.micro_batches = 2 of a step must be shared out evenly; near are [1, 2]; "
+            "no more ranks than micro-batches (docs/scale.md)",
+        ),
         (["parallel.replicas=2", "--gpus", "1"], "NGPU = 1: expected a multiple of parallel.replicas = 2"),
     ],
 )
