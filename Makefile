@@ -5,6 +5,7 @@ PYTHON   ?= python3
 PIP_ARGS ?=
 CONFIG   := configs/tiny-nvfp4.toml
 NGPU     := 1
+GPU      := b200
 ARGS     :=
 RUN      :=
 A        :=
@@ -22,7 +23,7 @@ ready := .venv/.ready-$(DEVICE)
 groups = $(py) -c 'import sys, tomllib; table = tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]; \
 	print(*(line for name in sys.argv[1:] for line in table[name]), sep="\n")'
 
-.PHONY: help setup data train plot compare search eval inspect export import test test-all test-gpu kernels-check bench bench-gpu outcomes schema table lint resolve clean run-given config-exists
+.PHONY: help setup data train plan plot compare search eval inspect export import test test-all test-gpu kernels-check bench bench-gpu outcomes schema table lint resolve clean run-given config-exists
 .DEFAULT_GOAL := help
 
 help: ## this table
@@ -35,6 +36,10 @@ data: config-exists $(ready) ## prepare the data of a config and stop [CONFIG=co
 
 train: config-exists $(ready) ## prepare the data and train [CONFIG=configs/x.toml NGPU=2 ARGS="train.steps=100 run.name=a ..."]
 	$(py) $(if $(filter-out 1,$(NGPU)),launch.py $(NGPU)) train.py $(CONFIG) $(ARGS)
+
+plan: $(ready) ## memory, time and cost of a run before it runs: CONFIG=... NGPU=32 GPU=b200|gb200|h200|... [ARGS="key=value --check"]
+	$(if $(wildcard $(CONFIG)),,$(error CONFIG=$(CONFIG): no such file; there are $(wildcard configs/*.toml)))
+	$(py) plan.py $(CONFIG) --gpus $(NGPU) --gpu $(GPU) $(ARGS)
 
 plot: run-given $(ready) ## pictures of runs: loss, which formats were chosen where, gaps [RUN="out/A out/B"]
 	$(py) plot.py $(RUN)

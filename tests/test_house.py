@@ -21,7 +21,7 @@ FLOORS = {
     "studies": 9, "testing": 9,
     "compare": 8, "search": 8, "contents": 8, "importer": 8,
     "train": 7, "evaluate": 7, "export": 7, "plan": 7,
-    "run": 6, "saving": 6, "evaluation": 6,
+    "run": 6, "saving": 6, "evaluation": 6, "planning": 6,
     "checkpoint": 5, "plot": 5,
     "parallel": 4,
     "configs": 3, "layouts": 3,
