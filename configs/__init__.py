@@ -155,6 +155,10 @@ def check(config: Config) -> None:
         "model.heads * model.head_dim": m.heads * m.head_dim,
         "model.vocab_size": m.vocab_size,
     }
+    if "M" in m.pattern:
+        inner, channels, heads = m.mamba.widths(m.d_model)
+        sizes["model.mamba.expand * model.d_model"] = inner
+        sizes["(2 * model.mamba.expand * model.d_model + 2 * groups * state + heads) of model.mamba"] = inner + channels + heads
     rows = {"norm_gain": (1, m.d_model), "scores": (tokens * m.heads, m.seq_len), "residual": (tokens, m.d_model)}
     for name, spec in vars(config.sites).items():
         if spec:

@@ -25,6 +25,7 @@ FLOORS = {
     "checkpoint": 4, "plot": 4,
     "configs": 3, "layouts": 3,
     "model": 2, "data": 2, "sealed": 2,
+    "mamba": 1.5,
     "quant": 1,
     "kernels": 0,
 }  # fmt: skip
