@@ -89,8 +89,8 @@ def scan(x: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, chunk: int) 
 
 
 class State:
-    """A cache for one block: the last W - 1 inputs of the convolution [B, W - 1, C] in the compute dtype, and S [B, H, N, P] in
-    `wide`. Of any number of positions before; zeros are none."""
+    """A cache for one block, of any number of positions: the last W - 1 inputs of the convolution [B, W - 1, C], in the compute
+    dtype, and the states [B, H, N, P], in fp32. A new one is what is before a text: zeros."""
 
     def __init__(self, c: MambaConfig, d_model: int, batch: int, dtype: torch.dtype, device: torch.device):
         _, channels, heads = c.widths(d_model)
