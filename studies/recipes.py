@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "docs/measured.json"
 BASE = "tiny-bf16"
 SPREAD = 0.02  # nats/token: half the range of seeds 0, 1, 2 of tiny-bf16 (README.md)
-NAMES = [path.stem for path in small_files()]
+NAMES = sorted(path.stem for path in small_files())
 
 
 def outcome(name: str, config: str = "", overrides: Sequence[str] = ()) -> float:
