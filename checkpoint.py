@@ -432,7 +432,9 @@ def built(config: Config, state: dict) -> GPT:
     """The model at a place in the run, without its parameters."""
     with torch.device("meta"):  # nobody draws initial weights for what is filled at once
         model = GPT(config.model, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.dtype]).eval()
-    model.to_empty(device="cpu").rope.copy_(rope_table(config.model))
+    model.to_empty(device="cpu")
+    if config.model.rope:
+        model.rope.copy_(rope_table(config.model))
     if config.model.tied_head:  # to_empty gives each a memory of its own
         model.head.weight = model.embedding.weight
     attach(model, context := Context(config.train.seed, state["gemm"]))

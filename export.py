@@ -192,6 +192,7 @@ def export(run: str, form: str, layout: str, out: Path | None, windows: int, sha
     """Write the folder -> where it is. Raises ValueError for what the format cannot say, before anything is written."""
     loaded = checkpoint.load_model(run)
     model, c, tokenizer, store = loaded.model, loaded.model.config, loaded.tokenizer, loaded.config.weights
+    config = architecture(c)
     out = out or loaded.folder.parent / "export" / (form if form == "bf16" else f"{form}-{layout}")
     replaceable(out)
     for name, q in checkpoint.codes(loaded.folder).items():
@@ -231,7 +232,7 @@ def export(run: str, form: str, layout: str, out: Path | None, windows: int, sha
         if not any(name == f"{each}.weight" for each in linears(model)):
             tensors |= {f"{there}.weight": p.to(torch.bfloat16) for there in parts(name.removesuffix(".weight"), c)}
     tensors = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    config, files = architecture(c), {}
+    files = {}
     if form != "bf16" and layout == "modelopt":
         files["hf_quant_config.json"], config["quantization_config"] = modelopt_config(modules, activations)
     elif form != "bf16":

@@ -17,7 +17,7 @@ They compute it with roundings in other places: norms round to BF16 before the g
     NVFP4 activations       M.input_global_scale [1] = 2688 / amax; ModelOpt: M.input_scale [] = amax / 2688
 
 Two E2M1 codes share a byte, the even one low. Sources: compressed-tensors 0.20, ModelOpt 0.47. Left out: key-value caches in
-FP8, architectures with code of their own, other formats of either library.
+FP8, architectures with code of their own, hybrids (Nemotron-H), other formats of either library.
 """
 
 from collections.abc import Callable
@@ -59,7 +59,10 @@ def form_of(spec: Spec) -> str | None:
 
 
 def architecture(c: ModelConfig) -> dict:
-    """config.json of the model that computes the same."""
+    """config.json of the model that computes the same. Raises ValueError if there is none."""
+    if c.pattern or not c.rope:
+        what = f"model.pattern = {c.pattern!r}" if c.pattern else "model.rope = false"
+        raise ValueError(f"{what}: an export is an Arcee or a Llama, of transformer blocks with rotary positions")
     name = {"relu2": "arcee", "swiglu": "llama"}[c.activation]
     return {
         "architectures": [f"{name.capitalize()}ForCausalLM"],

@@ -4,7 +4,9 @@
     for each block:   h = h + attention(norm(h))        h = h + ffn(norm(h))
     logits = head(norm(h))                                                           [B, T, V]
 
-RMSNorm, rotary positions, grouped-query attention, squared ReLU or SwiGLU, no biases, no dropout, untied head. Every
+    a hybrid:         h = h + mixer(norm(h)), one a block: `pattern` says which      M Mamba-2 (mamba.py), * attention, - ffn
+
+RMSNorm, rotary positions (or none), grouped-query attention, squared ReLU or SwiGLU, no biases, no dropout, untied head. Every
 matrix that multiplies activations is a quant.Linear; norms, embedding, softmax and the two attention products stay in
 the compute dtype (arXiv:2509.25149, section 3 and appendix A). Parameters are fp32 masters and the compute dtype is an
 explicit argument: there is no autocast.
@@ -15,7 +17,7 @@ In a quantised model one token alone is another tensor than a window: its activa
 several rows share (a tensor-wide amax, a block of several rows, filled up with rows of zeros) is that of its row alone.
 Where blocks lie within rows and nothing is tensor-wide (MXFP8, MXFP4), a row has the same codes in both.
 
-Left out: Mamba blocks (the paper's 12B is a hybrid), mixture of experts, dropout.
+Left out: mixture of experts, dropout.
 """
 
 import math
@@ -29,12 +31,17 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mamba import Mamba2, MambaConfig, State
 from quant import Linear, Site
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ModelConfig:
-    """Sizes. Defaults are the tiny model; every width is a real multiple of 128."""
+    """Sizes. Defaults are the tiny model; every width is a real multiple of 128.
+
+    pattern: of a hybrid, one letter for each of `blocks`: M Mamba-2, * attention, - feed-forward. Empty: transformer blocks, of
+      attention and feed-forward each. rope: rotary positions in attention; without, a hybrid has its order from Mamba's states.
+    """
 
     blocks: int = Field(4, ge=1)
     d_model: int = Field(256, ge=1)
@@ -46,10 +53,24 @@ class ModelConfig:
     seq_len: int = Field(256, ge=2)
     activation: Literal["relu2", "swiglu"] = "relu2"
     tied_head: bool = False
+    rope: bool = True
     rope_base: float = Field(10000.0, gt=0)
     norm_eps: float = Field(1e-5, gt=0)
+    pattern: str = ""
+    mamba: MambaConfig = MambaConfig()
+
+    @property
+    def mixers(self) -> str:
+        """What writes to the residual stream, in order, in the letters of `pattern`."""
+        return self.pattern or "*-" * self.blocks
 
     def __post_init__(self):
+        if wrong := sorted(set(self.pattern) - set("M*-")):
+            raise ValueError(f"pattern: {wrong[0]!r} is no block, expected M (Mamba-2), * (attention) or - (feed-forward)")
+        if self.pattern and len(self.pattern) != self.blocks:
+            raise ValueError(f"blocks = {self.blocks}, but pattern {self.pattern!r} has {len(self.pattern)}, one a block")
+        if "M" in self.pattern:
+            self.mamba.widths(self.d_model)
         if self.heads % self.kv_heads:
             raise ValueError(f"heads = {self.heads} must be a multiple of kv_heads = {self.kv_heads}")
 
@@ -103,12 +124,13 @@ class Attention(nn.Module):
         self.out = Linear(c.heads * c.head_dim, c.d_model)
         self.scores = Site("scores")
 
-    def forward(self, x: Tensor, rope: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None, past: Past | None = None) -> Tensor:
         B, T, _ = x.shape
         start = past.length if past else 0
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H + 2 KV, T, d]
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
-        q, k = rotate(q, rope, start), rotate(k, rope, start)
+        if rope is not None:
+            q, k = rotate(q, rope, start), rotate(k, rope, start)
         if past:
             past.add(k, v)
             known = past.length if self.scores.spec is None else None  # blocks of scores span all positions
@@ -148,9 +170,32 @@ class Block(nn.Module):
         self.ffn_norm, self.ffn = RMSNorm(c.d_model, c.norm_eps), FeedForward(c)
         self.residual = Site("residual")
 
-    def forward(self, h: Tensor, rope: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, h: Tensor, rope: Tensor | None, past: Past | None = None) -> Tensor:
         h = self.residual(h + self.attn(self.attn_norm(h), rope, past))
         return self.residual(h + self.ffn(self.ffn_norm(h)))
+
+
+class HybridBlock(nn.Module):
+    """A block of a hybrid: one norm, one mixer, one residual. kind: a letter of the pattern."""
+
+    def __init__(self, c: ModelConfig, kind: str):
+        super().__init__()
+        self.kind, self.norm = kind, RMSNorm(c.d_model, c.norm_eps)
+        if kind == "M":
+            self.mamba = Mamba2(c.d_model, c.mamba, c.norm_eps)
+        elif kind == "*":
+            self.attn = Attention(c)
+        else:
+            self.ffn = FeedForward(c)
+        self.residual = Site("residual")
+
+    def forward(self, h: Tensor, rope: Tensor | None, past: Past | State | None = None) -> Tensor:
+        x = self.norm(h)
+        if self.kind == "M":
+            x = self.mamba(x, past)
+        else:
+            x = self.attn(x, rope, past) if self.kind == "*" else self.ffn(x)
+        return self.residual(h + x)
 
 
 class GPT(nn.Module):
@@ -165,30 +210,36 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype, self.recompute = config, dtype, recompute
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        hybrid = (HybridBlock(config, kind) for kind in config.pattern)
+        self.blocks = nn.ModuleList(hybrid if config.pattern else (Block(config) for _ in range(config.blocks)))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Linear(config.d_model, config.vocab_size)
         if config.tied_head:
             self.head.weight = self.embedding.weight
-        self.register_buffer("rope", rope_table(config, self.norm.weight.device), persistent=False)
+        table = rope_table(config, self.norm.weight.device) if config.rope else None
+        self.register_buffer("rope", table, persistent=False)
 
     @torch.no_grad()
     def initialise(self, seed: int, put: Callable[[str, Tensor], object] | None = None) -> "GPT":
-        """Normal(0, 0.02), and 0.02 / sqrt(2 blocks) for the two matrices of a block that write to the residual stream
-        (GPT-2's rule); gains are 1. Draws from a generator of its own. put(name, on the CPU): where it does not go into the
-        parameter itself."""
+        """Normal(0, 0.02), and 0.02 / sqrt(n) for the n matrices that write to the residual stream, two in a block, one in that
+        of a hybrid (GPT-2's rule); gains are 1; then what Mamba-2 has besides. Draws from a generator of its own.
+
+        put(name, on the CPU): where a value does not go into the parameter itself."""
         generator, found = torch.Generator().manual_seed(seed), dict(self.named_parameters())
         put = put or (lambda name, x: found[name].copy_(x))
         for name, p in found.items():
-            if p.ndim == 2:
-                residual = name.endswith(("attn.out.weight", "ffn.down.weight"))
-                std = 0.02 / (2 * self.config.blocks) ** 0.5 if residual else 0.02
+            if p.ndim == 2 and name.endswith(".weight"):
+                residual = name.endswith(("attn.out.weight", "ffn.down.weight", "mamba.out_proj.weight"))
+                std = 0.02 / len(self.config.mixers) ** 0.5 if residual else 0.02
                 put(name, torch.randn(p.shape, generator=generator) * std)
-            else:
+            elif name.endswith("norm.weight"):
                 put(name, torch.ones(p.shape))
+        for place, module in self.named_modules():
+            for name, x in module.initial(generator) if isinstance(module, Mamba2) else ():
+                put(f"{place}.{name}", x)
         return self
 
-    def forward(self, tokens: Tensor, cache: list[Past] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: list[Past | State | None] | None = None) -> Tensor:
         h = self.embedding(tokens).to(self.dtype)
         for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             if self.recompute and torch.is_grad_enabled():
@@ -197,9 +248,12 @@ class GPT(nn.Module):
                 h = block(h, self.rope, past)
         return self.head(self.norm(h))
 
-    def cache(self, batch: int = 1) -> list[Past]:
-        """One for each block, empty: 2 blocks KV seq_len d numbers a sequence."""
-        return [Past(self.config, batch, self.dtype, self.norm.weight.device) for _ in self.blocks]
+    def cache(self, batch: int = 1) -> list[Past | State | None]:
+        """One for each block, empty: 2 KV seq_len d numbers a sequence for attention, H N P and the last inputs for Mamba-2,
+        nothing for a feed-forward block of a hybrid."""
+        c, of = self.config, (batch, self.dtype, self.norm.weight.device)
+        made = {"*": lambda: Past(c, *of), "M": lambda: State(c.mamba, c.d_model, *of), "-": lambda: None}
+        return [made[kind]() for kind in c.pattern or "*" * c.blocks]
 
     def loss(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats, in fp32: a mean, or with reduction="none" one number a token [B T]."""
@@ -221,7 +275,7 @@ class GPT(nn.Module):
             tokens = yield self(new, cache)[:, -1]
             window = torch.cat([window, tokens[:, None]], 1)
             new = window[:, -1:]
-            if cache[0].length == T:
+            if window.shape[1] > T:  # the cache has all of it but the newest
                 window = new = window[:, -(T // 2) :]
                 cache = self.cache(len(prompts))
 
@@ -300,9 +354,12 @@ def parameter_count(config: ModelConfig) -> int:
 
 def flops_per_token(config: ModelConfig) -> float:
     """Of forward and backward, counting a multiply-add as 2: 6 for each parameter of a matrix (the embedding is a
-    look-up), and 6 T H d a block for causal attention, half of the full T x T products."""
+    look-up), 6 T H d for causal attention, half of the full T x T products, and 12 H N P for the recurrence of Mamba-2 (b x^T
+    into the state, c out of it; what chunks do besides is no part of the model, and its convolution is left out)."""
     c = config
-    block = c.d_model * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-    block += c.d_model * c.ffn * (3 if c.activation == "swiglu" else 2)
-    attention = 6 * c.seq_len * c.heads * c.head_dim
-    return c.blocks * (6 * block + attention) + 6 * c.d_model * c.vocab_size
+    attention = 6 * c.d_model * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + 6 * c.seq_len * c.heads * c.head_dim
+    flops = {"*": attention, "-": 6 * c.d_model * c.ffn * (3 if c.activation == "swiglu" else 2)}
+    if "M" in c.pattern:
+        inner, channels, heads = c.mamba.widths(c.d_model)
+        flops["M"] = 6 * c.d_model * (2 * inner + channels + heads) + 12 * inner * c.mamba.state
+    return sum(flops[kind] for kind in c.mixers) + 6 * c.d_model * c.vocab_size

@@ -430,7 +430,8 @@ class Shards(Whole):
             block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + config.prefetch])
             block.set_modules_to_backward_prefetch(blocks[max(i - config.prefetch, 0) : i][::-1])
         model.to_empty(device="cpu" if config.offload else world.device)
-        model.rope = rope_table(model.config, world.device)
+        if model.config.rope:
+            model.rope = rope_table(model.config, world.device)
         found = [p for group in groups for p in group._get_fsdp_state()._fsdp_param_groups[0].fsdp_params]
         self.linears = {}
         for name, module in linears(model).items():

@@ -73,7 +73,8 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: Config) -> AdamW:
-    """AdamW that decays matrices only, and whose updates a flag on the device can stop (`found_inf`)."""
+    """AdamW that decays matrices only (of Mamba-2 also the taps of its convolution, as Megatron does, which spares what has one
+    axis), and whose updates a flag on the device can stop (`found_inf`)."""
     t, parameters = config.train, list(parameters)
     matrices = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]

@@ -1,6 +1,7 @@
 """One TOML file is one experiment. load(path, overrides) -> Config, validated; dump(config) writes it back resolved.
 
     extends = "base.toml"           keys of this file win over the extended one's; tables merge, a policy list replaces
+    extends = ["a.toml", "b.toml"]  of several, keys of the later one win, e.g. a recipe and then the sizes of a model
     [specs]    name = { like = "other", ... }            a QuantSpec; `like` copies another one first
     [recipes.name]  wgrad = { g = "spec" | { like = "spec", hadamard = 16 } }
     [[policy]]      rules in order, first match wins; a rule with a `name` is reached as policy.NAME.key
@@ -13,7 +14,7 @@ expected, and the nearest valid name.
 
 For editors schema.py writes schema.json, for README.md table.py the table of recipes.
 
-Left out: interpolation, environment variables, includes other than one `extends` a file.
+Left out: interpolation, environment variables, includes other than `extends`.
 """
 
 import difflib
@@ -167,6 +168,10 @@ def check(config: Config) -> None:
         "model.heads * model.head_dim": m.heads * m.head_dim,
         "model.vocab_size": m.vocab_size,
     }
+    if "M" in m.pattern:
+        inner, channels, heads = m.mamba.widths(m.d_model)
+        sizes["model.mamba.expand * model.d_model"] = inner
+        sizes["(2 * model.mamba.expand * model.d_model + 2 * groups * state + heads) of model.mamba"] = inner + channels + heads
     rows = {"norm_gain": (1, m.d_model), "scores": (tokens * m.heads, m.seq_len), "residual": (tokens, m.d_model)}
     for name, spec in vars(config.sites).items():
         if spec:
@@ -201,7 +206,7 @@ def check(config: Config) -> None:
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
-    """The file and those it extends, nearest first. `seen`: the files that led here."""
+    """The file and those it extends, those that win first. `seen`: the files that led here."""
     if path.resolve() in map(Path.resolve, seen):
         raise ValueError(f"{path}: extends itself")
     place = f"{seen[-1]}: extends: {path}" if seen else path
@@ -217,12 +222,18 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
         raise ValueError(f"{place}: a folder, expected a TOML file{inside}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{place}: not a TOML file: {error}") from None
-    base = content.pop("extends", None)
-    if base is None:
-        return [(path, content)]
-    if not isinstance(base, str):
-        raise ValueError(f"{path}: extends: expected the name of a file, got {base!r}")
-    return [(path, content), *_read(path.parent / base, (*seen, path))]
+    bases, found = content.pop("extends", []), [(path, content)]
+    names = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: extends: expected the name of a file or a list of such, got {bases!r}")
+    for name in reversed(names):
+        found += _read(path.parent / name, (*seen, path))
+    files = [file.resolve() for file, _ in found]
+    if twice := [file for file in files if files.count(file) > 1]:
+        raise ValueError(
+            f"{path}: extends: {' and '.join(names)} both lead to {twice[0].name}, by which the later would undo the earlier"
+        )
+    return found
 
 
 def _merge(base: Any, over: Any) -> Any:

@@ -43,7 +43,7 @@ WORDS = {  # keys whose values pydantic knows as strings only
     (Scale, "format"): _word([*SCALES, "bf16", "fp32", "none"], SCALE_FORMAT),
     (Scale, "rounding"): _word(["nearest", "stochastic"], STOCHASTIC),
 }
-EXTENDS = "the file, relative to this one, whose keys hold where this file has none; tables merge, a policy replaces"
+EXTENDS = "the file, relative to this one, whose keys hold where this has none, or several, the later before the earlier"
 LIKE = "the spec in [specs] that this one starts from; the other keys here change it"
 
 
@@ -68,7 +68,8 @@ def schema() -> dict[str, Any]:
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "A config of narrow: one file, one experiment",
         **top,
-        "properties": {"extends": {"description": EXTENDS, "type": "string"}} | top["properties"],
+        "properties": {"extends": {"description": EXTENDS, "type": ["string", "array"], "items": {"type": "string"}}}
+        | top["properties"],
         "definitions": dict(sorted(made.items())),
     }
 

@@ -1,20 +1,22 @@
-"""python -m configs.table: write the table of recipes, one line for each config, between two comments in README.md, that of
-formats (support.py) between two others, and what was measured of a config as the last line of the comment at its top.
+"""python -m configs.table: write the table of recipes, one line for each config, between two comments in README.md, those of
+real runs and of formats (support.py) between others, and what was measured of a config as the last line of its first comment.
 
 What its columns mean stands below it in README.md. All of it is computed from the config as resolved, at the start of the run,
-for the recipe that most FLOPs have; a paper is the first that the file's comment names (or that of the file which it extends);
+for the recipe that most FLOPs have; a paper is the first that the file's comment names (or that of a file which it extends);
 times and losses are those in docs/measured.json.
 """
 
 import json
 import re
+import tomllib
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from configs import Config, load, support
-from model import GPT
+from model import GPT, parameter_count
 from quant import Context, WeightStore, assign, attach
 from quant.choice import Spec
 from quant.formats import FORMATS
@@ -25,6 +27,9 @@ from quant.spec import QuantSpec
 ROOT = Path(__file__).parent.parent
 README, MEASURED = ROOT / "README.md", ROOT / "docs/measured.json"
 BEGIN, END = "<!-- make table -->", "<!-- end of the table -->"
+BEGIN_RUNS, END_RUNS = "<!-- make table: real runs -->", "<!-- end of the real runs -->"
+# The name of a config of a real run, which nobody trains here: a recipe and a size.
+RUN = re.compile(r"(?P<recipe>.+)-(?P<size>[\d.]+b(-hybrid)?)")
 SEEN = "Measured (README.md, recipes):"
 HEAD = (
     "config",
@@ -122,8 +127,9 @@ def paper(path: Path) -> str:
     comment = re.match(r"(?:#.*\n)*", text)[0]
     if found := re.search(r"arXiv:(\d{4}\.\d{5})", comment):
         return f"[{found[1]}](https://arxiv.org/abs/{found[1]})"
-    base = re.search(r'^extends = "(.+)"', text, re.M)
-    return paper(path.parent / base[1]) if base else "-"
+    bases = tomllib.loads(text).get("extends", [])
+    found = (paper(path.parent / name) for name in ([bases] if isinstance(bases, str) else bases))
+    return next((number for number in found if number != "-"), "-")
 
 
 def also(r: Resolved, of_operands: list[str]) -> str:
@@ -154,14 +160,47 @@ def row(path: Path, measured: dict) -> tuple[str, ...]:
 
 def table() -> str:
     measured = json.loads(MEASURED.read_text())
-    files = [path for path in sorted((ROOT / "configs").glob("*.toml")) if path.stem != "base"]
-    rows = [HEAD, ("---",) * len(HEAD), *(row(path, measured) for path in files)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    return lines(HEAD, [row(path, measured) for path in small_files()])
+
+
+def small_files() -> list[Path]:
+    """Every config that is trained here; base.toml is tiny-bf16.toml."""
+    return [path for path in sorted((ROOT / "configs").glob("*.toml")) if path.stem != "base" and not RUN.fullmatch(path.stem)]
+
+
+def lines(head: Sequence[str], rows: list[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ("---",) * len(head), *rows))
+
+
+def runs() -> str:
+    """One line for each size; under each recipe the share of FLOPs with both operands below 16 bits, and its file."""
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted((ROOT / "configs").glob("*.toml")):
+        if name := RUN.fullmatch(path.stem):
+            found.setdefault(name["size"], {})[name["recipe"]] = path
+    recipes = ("bf16", "mor", "fp8-blockwise", "mxfp8", "nvfp4")
+    rows = []
+    for size, files in sorted(found.items(), key=lambda item: (float(item[0].split("b")[0]), item[0])):
+        of = {name: Resolved(load(files[name])) for name in recipes}
+        c, t = of["bf16"].config, of["bf16"].config.train
+        tokens = t.steps * c.tokens_per_step
+        shares = ("–".join(dict.fromkeys(f"{b:.0%}" for b in each.below_16())) for each in of.values())
+        links = (f"[{share}](configs/{files[name].name})" for name, share in zip(recipes, shares, strict=True))
+        sizes = (
+            f"{parameter_count(c.model):,}",
+            f"{c.model.blocks}",
+            f"{tokens / 1e12:.0f}T",
+            f"{c.tokens_per_step:,}",
+            f"{t.lr:g}",
+        )
+        rows.append((size, *sizes, *links))
+    return lines(("", "parameters", "blocks", "tokens", "a step", "rate", *recipes), rows)
 
 
 def renewed(text: str) -> str:
     """A page with the tables as they are now."""
-    for begin, end, made in ((BEGIN, END, table), (support.BEGIN, support.END, support.table)):
+    made_of = (BEGIN, END, table), (BEGIN_RUNS, END_RUNS, runs), (support.BEGIN, support.END, support.table)
+    for begin, end, made in made_of:
         before, rest = text.split(begin)
         text = f"{before}{begin}\n\n{made()}\n{end}{rest.split(end)[1]}"
     return text

@@ -149,6 +149,26 @@ def test_extends_chain_the_nearest_file_wins(tmp_path):
     assert (config.train.steps, config.train.lr, config.train.seed, config.model.blocks) == (3, 0.2, 7, 3)
 
 
+def test_of_several_extended_files_the_later_wins(tmp_path):
+    """With all that it extends itself; and the file before both."""
+    write(tmp_path, "sizes.toml", "[train]\nsteps = 5\n[model]\nblocks = 7\nd_model = 384\n")
+    write(tmp_path, "wide.toml", "extends = 'sizes.toml'\n[model]\nd_model = 512\n")
+    path = write(tmp_path, "a.toml", f"extends = ['{NVFP4.as_posix()}', 'wide.toml']\n[model]\nblocks = 6\n")
+    config = load(path)
+    assert (config.model.blocks, config.model.d_model, config.train.steps) == (6, 512, 5)
+    recipe = load(NVFP4)
+    assert config.recipes == recipe.recipes and config.policy == recipe.policy and config.model.vocab_size == 4096
+    one, listed = (load(write(tmp_path, "b.toml", f"extends = {what}\n")) for what in ("'wide.toml'", "['wide.toml']"))
+    same(one, listed)
+
+
+def test_a_file_that_two_extended_ones_extend_is_refused(tmp_path):
+    """base.toml, last in such a list, would take back what mxfp8.toml says of sizes and policy."""
+    files = [(ROOT / "configs" / name).as_posix() for name in ("mxfp8.toml", "tiny-bf16.toml")]
+    text = said(write(tmp_path, "a.toml", f"extends = {files}\n"))
+    assert "a.toml: extends: " in text and "both lead to base.toml" in text
+
+
 def test_extends_is_relative_to_the_file_that_says_it(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     write(tmp_path, "base.toml", "[train]\nsteps = 11\n")
@@ -603,6 +623,7 @@ WRONG_FILES = [
     ("[policy]\nrecipe = 'bf16'\n", ["policy"]),
     ("policy = [1]\n", ["policy", "1"]),
     ("extends = 3\n", ["extends", "3", "name of a file"]),
+    ("extends = ['base.toml', 3]\n", ["extends", "['base.toml', 3]", "name of a file or a list"]),
     ("extends = 'bsae.toml'\n", ["extends: ", "bsae.toml", "no such file", "base.toml"]),
     ("extends = 'wrong.toml'\n", ["extends itself"]),
     ("[train\nsteps = 3\n", ["not a TOML file", "line 1"]),

@@ -35,7 +35,8 @@ def test_python_prints_what_the_page_says(page, tmp_path):
     blocks, diffs = fenced(page, "python"), fenced(page, "diff")
     for folder in ("kernels", "quant", "configs", "data"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("cache", "__pycache__"))
-    shutil.copy(ROOT / "model.py", tmp_path)
+    for file in ("model.py", "mamba.py"):
+        shutil.copy(ROOT / file, tmp_path)
     if diffs and not shutil.which("git"):
         pytest.skip("no git here to apply diffs with")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}

@@ -26,6 +26,7 @@ FLOORS = {
     "parallel": 4,
     "configs": 3, "layouts": 3,
     "model": 2, "data": 2, "sealed": 2,
+    "mamba": 1.5,
     "quant": 1,
     "kernels": 0,
 }  # fmt: skip

@@ -1,7 +1,5 @@
 """Sampling with a cache: what one token sees, alone after the others, is what it sees among them; and what is drawn."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +10,7 @@ from quant import Context, Linear, QuantSpec, Recipe, Scale, assign, attach, qua
 from quant.policy import assign_sites
 from quant.recipe import Fprop, Rule, Sites
 from tests.helpers import assert_same_bits
-from tests.test_model import SMALL, VARIANTS
+from tests.test_model import HYBRID, MODELS, SMALL
 from tests.test_model import draw as ids
 
 T = SMALL.seq_len
@@ -38,14 +36,14 @@ def piecewise(model: GPT, tokens: torch.Tensor, sizes: list[int]) -> torch.Tenso
     return torch.cat([model(part, cache) for part in tokens.split(sizes, 1)], 1)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_with_a_cache_logits_are_the_same(name, dtype):
-    """Nothing differs but the order of sums. Over these variants with 20 seeds each the largest difference was 5.6e-7 of the
-    largest logit in fp32 (9 * 2^-24): the bound leaves a factor 10. In fp64 it was 7e-16 (3 * 2^-52), but a norm, which is
+    """Nothing differs but the order of sums. Over these variants with 20 seeds each the largest difference was 6.1e-7 of the
+    largest logit in fp32 (10 * 2^-24): the bound leaves a factor 10. In fp64 it was 7e-16 (3 * 2^-52), but a norm, which is
     always fp32, may round the other way, by 2^-24. A wrong position, mask or head changes the first digit."""
-    model, tokens = build(replace(SMALL, **VARIANTS[name]), dtype), ids((2, T), seed=3)
-    bound = 5.6e-6 if dtype == torch.float32 else 1e-6
+    model, tokens = build(MODELS[name], dtype), ids((2, T), seed=3)
+    bound = 6.1e-6 if dtype == torch.float32 else 1e-6
     with torch.no_grad():
         whole = model(tokens)
     for sizes in ([5] + [1] * 27, [1] * T, [31, 1], [8, 16, 8]):
@@ -54,10 +52,10 @@ def test_with_a_cache_logits_are_the_same(name, dtype):
     assert (shifted - whole).abs().max() > 0.1 * whole.abs().max(), "the bound would notice"
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 9))
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 9), st.sampled_from([SMALL, HYBRID]))
 @settings(max_examples=25, deadline=None)
-def test_however_it_is_cut(sizes, seed):
-    model, total = build(dtype=torch.float64), min(sum(sizes), T)
+def test_however_it_is_cut(sizes, seed, config):
+    model, total = build(config, torch.float64), min(sum(sizes), T)
     sizes = [*sizes] if sum(sizes) <= T else [T]
     tokens = ids((1, total), seed=seed)
     with torch.no_grad():
@@ -65,8 +63,8 @@ def test_however_it_is_cut(sizes, seed):
     assert (piecewise(model, tokens, sizes) - whole).abs().max() <= 1e-6 * whole.abs().max()  # as above
 
 
-@pytest.mark.parametrize("sites", SITES)
-def test_mxfp8_one_token_at_a_time_is_mxfp8(sites):
+@pytest.mark.parametrize(("config", "sites"), [(SMALL, ""), (SMALL, "scores"), (HYBRID, "scores")], ids=["", "sites", "hybrid"])
+def test_mxfp8_one_token_at_a_time_is_mxfp8(config, sites):
     """Blocks of a row, nothing shared by rows: each row has the codes it has in the window (exactly, first assertion). With
     GEMMs that add in a stated order (te16) only attention and norms may round otherwise, in fp64 by 2^-52, so that a code flips
     in one case of 10^12: with 20 seeds no bit differed, and 1e-6 of the largest logit leaves room for a norm's rounding. (A
@@ -74,11 +72,11 @@ def test_mxfp8_one_token_at_a_time_is_mxfp8(sites):
     x = torch.randn(T, 64, generator=torch.Generator().manual_seed(0))
     rows = torch.cat([quantize(row[None], MX).dequantize() for row in x])
     assert_same_bits(rows, quantize(x, MX).dequantize())
-    model, tokens = build(dtype=torch.float64, spec=MX, sites=sites), ids((1, T))
+    model, tokens = build(config, torch.float64, MX, sites), ids((1, T))
     with torch.no_grad():
         whole = model(tokens)
     assert (piecewise(model, tokens, [5] + [1] * 27) - whole).abs().max() <= 1e-6 * whole.abs().max()
-    plain = build(dtype=torch.float64)
+    plain = build(config, torch.float64)
     with torch.no_grad():
         assert (plain(tokens) - whole).abs().max() > 1e-3 * whole.abs().max(), "it is quantised"
 
@@ -113,15 +111,17 @@ def greedy(model: GPT, tokens: list[int], count: int) -> list[int]:
     return tokens
 
 
+@pytest.mark.parametrize("config", [SMALL, HYBRID], ids=["transformer", "hybrid"])
 @pytest.mark.parametrize("prompt", [1, 5, T - 1, T, T + 9])
-def test_greedy_text_is_that_without_a_cache(prompt):
+def test_greedy_text_is_that_without_a_cache(prompt, config):
     """Also beyond the window, where it is filled anew with its last half: 70 tokens pass that three times and more."""
-    model, tokens = build(), ids((prompt,)).tolist()
+    model, tokens = build(config), ids((prompt,)).tolist()
     assert model.sample(tokens, 70, temperature=0) == greedy(model, tokens, 70)
 
 
-def test_a_batch_is_its_prompts():
-    model, prompts = build(), ids((3, 7))
+@pytest.mark.parametrize("config", [SMALL, HYBRID], ids=["transformer", "hybrid"])
+def test_a_batch_is_its_prompts(config):
+    model, prompts = build(config), ids((3, 7))
     steps, sent, found = model.decode(prompts), None, []
     for _ in range(40):
         sent = steps.send(sent).argmax(-1)
@@ -150,7 +150,7 @@ def test_the_nucleus(logits, top_p, seed):
     logits = torch.tensor(logits)
     p = logits.double().softmax(-1)
     token = draw(logits, 1.0, top_p, torch.Generator().manual_seed(seed))
-    before = float(p[p > p[token]].sum())  # likelier than it, all of them kept
+    before = float(p[p > p[token] + 1e-6].sum())  # likelier than it, all of them kept
     assert before < top_p + 1e-6
     if top_p == 1:
         expected = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(seed))

@@ -45,6 +45,7 @@ VARIANTS = {
     "bf16-kahan": (str(ROOT / "configs/bf16-kahan.toml"), []),
     "dqt": (str(ROOT / "configs/dqt.toml"), []),
     "fp8-adam": (str(ROOT / "configs/fp8-adam.toml"), ["specs.adam.rounding=stochastic8"]),
+    "tiny-hybrid": (str(ROOT / "configs/tiny-hybrid.toml"), ["model.pattern=M-*M-", "model.blocks=5"]),
     "mor-delayed": (
         str(ROOT / "configs/mor-delayed.toml"),
         [
@@ -202,7 +203,7 @@ assert loaded.tokenizer is None
 """
 
 
-ALONE_QUICK = ("nvfp4", "fp8-delayed", "mxfp8-gains", "tiny-bf16", "mor-block-3way")
+ALONE_QUICK = ("nvfp4", "fp8-delayed", "mxfp8-gains", "tiny-bf16", "tiny-hybrid", "mor-block-3way")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ALONE_QUICK else pytest.mark.slow) for n in NAMES])
@@ -212,6 +213,7 @@ def test_the_packed_file_alone_is_the_model(small, name, tmp_path, monkeypatch):
     path, trained = ROOT / f"configs/{name}.toml", []
     extra = ["model.tied_head=true"] if name == "mxfp8-gains" else LADDERS.get(name, [])
     extra = [*extra, "model.blocks=4"] if name == "metric-int8-fp8" else extra  # whose policy names them
+    extra = VARIANTS[name][1] if name == "tiny-hybrid" else extra
     window = max(64, *(r.fprop.x.multiple[0] for r in load(path, extra).recipes.values() if r.fprop.x), 0)
     monkeypatch.setattr(train, "finish", lambda trainer, metrics: trained.append(trainer.model.eval()))
     train.main([str(path), *small, f"run.name=alone-{name}", *extra, "train.steps=5", f"model.seq_len={window}"])
