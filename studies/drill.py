@@ -44,9 +44,8 @@ def workers(name: str, out: str = str(PLACE)) -> list[int]:
     return sorted(found)
 
 
-def lines(name: str) -> int:
-    path = PLACE / name / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+def newest(name: str) -> int:
+    return (steps(PLACE / name) or [0])[-1]
 
 
 def saving(name: str) -> bool:
@@ -55,10 +54,10 @@ def saving(name: str) -> bool:
 
 def moment(name: str, kind: str, chance: random.Random, alive) -> bool:
     """Wait for a moment of that kind; False if the run ended first."""
-    begun = lines(name)
+    begun = newest(name)
     ready = {
         "starting": lambda: bool(workers(name)),
-        "in a step": lambda: lines(name) not in (0, begun),
+        "in a step": lambda: newest(name) > begun,  # (it may go on from there: a run that gets nowhere ends)
         "saving": lambda: saving(name),
     }[kind]
     while alive():
