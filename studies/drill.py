@@ -19,15 +19,17 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from checkpoint import steps
+
 ROOT = Path(__file__).parent.parent
 PLACE = ROOT / "out" / "studies-drill"
 SIZES = ["model.blocks=2", "model.seq_len=128", "train.batch_size=2", "train.val_batches=2", "train.val_every=1000"]
 SIZES += ["train.log_every=1", "run.samples=0", "run.checkpoint_every=2", "parallel.gather=codes", f"run.out={PLACE}"]
 
 
-def start(ranks: int, name: str, steps: int) -> subprocess.Popen:
+def start(ranks: int, name: str, length: int) -> subprocess.Popen:
     command = [sys.executable, "launch.py", str(ranks), "train.py", "configs/tiny-nvfp4.toml", f"run.name={name}"]
-    command += [*SIZES, f"train.steps={steps}"]
+    command += [*SIZES, f"train.steps={length}"]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -84,13 +86,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    steps, chance = 10 + 4 * args.kills, random.Random(args.seed)
+    length, chance = 10 + 4 * args.kills, random.Random(args.seed)
     shutil.rmtree(PLACE, ignore_errors=True)
-    quiet = start(args.ranks, "undisturbed", steps)
+    quiet = start(args.ranks, "undisturbed", length)
     if quiet.wait():
         raise ValueError(f"the undisturbed run ended with exit code {quiet.returncode}: {quiet.stderr.read()}")
-    print(f"undisturbed: {steps} steps on {args.ranks} ranks", flush=True)
-    run, done = start(args.ranks, "killed", steps), Counter()
+    print(f"undisturbed: {length} steps on {args.ranks} ranks", flush=True)
+    run, done = start(args.ranks, "killed", length), Counter()
     while done.total() < args.kills and run.poll() is None:
         kind = chance.choice(["starting", "in a step", "saving"])
         if not moment("killed", kind, chance, lambda: run.poll() is None):
@@ -104,16 +106,14 @@ def main(argv: list[str]) -> int:
         except ProcessLookupError:
             continue
         done[kind] += 1
-        print(
-            f"kill {done.total():3}: rank {alive.index(victim)}, {kind}, after {lines('killed')} lines of metrics", flush=True
-        )
+        print(f"kill {done.total():3}: rank {alive.index(victim)}, {kind}, newest step {newest('killed')}", flush=True)
         while victim in workers("killed") or len(workers("killed")) == args.ranks - 1:
             time.sleep(0.05)
     try:
         code = run.wait()
     finally:
         run.terminate()
-    a, b = (PLACE / name / f"step_{steps:06d}" for name in ("undisturbed", "killed"))
+    a, b = (PLACE / name / f"step_{length:06d}" for name in ("undisturbed", "killed"))
     wrong = differing(a, b) if b.exists() else ["(the last step is not there)"]
     print(f"{done.total()} kills ({', '.join(f'{n} {kind}' for kind, n in done.items())}), exit code {code}")
     print("the last step has the bits of the undisturbed run" if not wrong else f"other bits in {', '.join(wrong)}")
