@@ -66,9 +66,9 @@ def config_of(path: Path, overrides: list[str]) -> Config:
 
 def plain(config: Config) -> Config:
     """With each GEMM run once, where it can be seen."""
-    if config.train.recompute or config.train.compile == "model":
+    if config.train.recompute != "none" or config.train.compile == "model":
         print(f"compare: {config.source} without train.recompute and with train.compile=quantiser, to see each GEMM once")
-    return replace(config, train=replace(config.train, recompute=False, compile="quantiser"))
+    return replace(config, train=replace(config.train, recompute="none", compile="quantiser"))
 
 
 def same_data(a: Config, b: Config) -> None:

@@ -22,6 +22,7 @@ Left out: mixture of experts, dropout.
 
 import math
 from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from mamba import Mamba2, MambaConfig, State
 from quant import Linear, Site
@@ -198,15 +199,24 @@ class HybridBlock(nn.Module):
         return self.residual(h + x)
 
 
+aten = torch.ops.aten
+# What "selective" keeps: the results of products and of attention, on any device.
+KEPT = [aten.mm.default, aten.bmm.default, aten._scaled_mm.default, aten._scaled_mm_v2.default]
+KEPT += [getattr(aten, f"_scaled_dot_product_{name}").default for name in (
+    "flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")]  # fmt: skip
+RECOMPUTE = {"selective": partial(create_selective_checkpoint_contexts, KEPT), "full": noop_context_fn}
+
+
 class GPT(nn.Module):
     """GPT(config)(tokens int64 [B, T], T <= seq_len) -> logits [B, T, V] in the compute dtype; with `cache()` of the tokens
     before, tokens are the T after these, and the cache then knows them too.
 
-    `recompute`: keep only the input of each block and run it again in backward; noise and formats replay exactly,
-    since they are functions of the position in the run, not of a generator.
+    `recompute`: what a block runs again in backward instead of keeping it. "full": all, only its input is kept. "selective":
+    all but products and attention, whose results are kept (products of Triton kernels, which torch cannot see, run again).
+    Noise and formats replay exactly, since they are functions of the position in the run, not of a generator.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16, recompute: bool = False):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16, recompute: str = "none"):
         super().__init__()
         self.config, self.dtype, self.recompute = config, dtype, recompute
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -242,8 +252,9 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, cache: list[Past | State | None] | None = None) -> Tensor:
         h = self.embedding(tokens).to(self.dtype)
         for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
-            if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(block, h, self.rope, use_reentrant=False, preserve_rng_state=False)
+            if self.recompute != "none" and torch.is_grad_enabled():
+                how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": RECOMPUTE[self.recompute]}
+                h = checkpoint(block, h, self.rope, **how)
             else:
                 h = block(h, self.rope, past)
         return self.head(self.norm(h))

@@ -225,7 +225,7 @@ class Rows:
     def specs(self) -> dict[str, Spec | None]:
         """Of the operands that the weight is; without W^T where that has the codes of W."""
         if (recipe := self.module.recipe) is None:
-            return {"copy": None}
+            return {}
         shared = recipe.fprop.w == recipe.dgrad.w and (recipe.fprop.w is None or recipe.fprop.w.transposes)
         return {"fprop.w": recipe.fprop.w} | ({} if shared else {"dgrad.w": recipe.dgrad.w})
 
@@ -268,6 +268,12 @@ class Rows:
         return spec.scale.outer == "tensor" or spec.block == (-1, -1)
 
     @property
+    def narrow(self) -> bool:
+        """Whether the weight in the compute dtype is all that a Linear needs of it."""
+        recipe = self.module.recipe
+        return recipe is None or (recipe.weights == "bf16" and self.dtype == torch.bfloat16)
+
+    @property
     def codes(self) -> bool:
         return self.wanted and not self.why_not()
 
@@ -299,7 +305,9 @@ class Rows:
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """-> (what is gathered of these rows, [rows, ...] each; what the other end needs to know)."""
-        if self.module.recipe and not self.codes:
+        if self.narrow and not self.codes:
+            parts, told = [self.padded(self.rows.to(self.dtype))], [("copy", 1)]
+        elif not self.codes:
             parts, told = [self.padded(self.rows)], None
         else:
             parts, told = [], []
@@ -466,7 +474,7 @@ class Shards(Whole):
 
     def last(self, yes: bool) -> None:
         for module in [*self.model.blocks, self.model]:
-            module.set_requires_gradient_sync(yes, recurse=False)
+            module.set_requires_gradient_sync(yes or self.config.accumulate == "cut", recurse=False)
 
     def gradients(self) -> None:
         for name, p in self.model.named_parameters():
@@ -482,8 +490,8 @@ class Shards(Whole):
         """What is gathered how, for the console."""
         kinds: dict[str, list[str]] = {}
         for name, r in self.linears.items():
-            how = "codes" if r.codes else "BF16" if r.module.recipe is None else "fp32"
-            why = f" ({r.why_not()})" if how == "fp32" and r.wanted else ""
+            how = "codes" if r.codes else str(r.dtype).removeprefix("torch.") if r.narrow else "fp32"
+            why = f" ({r.why_not()})" if r.module.recipe and not r.codes and r.wanted else ""
             kinds.setdefault(f"{how}{why}", []).append(name)
         return [f"all-gathers move {how} of {len(names)} Linears, e.g. {names[0]}" for how, names in kinds.items()]
 

@@ -103,7 +103,7 @@ def changes(found: Plan) -> Iterator[tuple[str, Change]]:
     """What saves memory, in the order of what it costs."""
     c = found.config
     for level in LEVELS[1:]:
-        yield f"train.recompute={str(level).lower()}", lambda c, n, level=level: (changed(c, "train", recompute=level), n)
+        yield f"train.recompute={level}", lambda c, n, level=level: (changed(c, "train", recompute=level), n)
     if c.train.batch_size % 2 == 0:
         keys = dict(batch_size=c.train.batch_size // 2, micro_batches=2 * c.train.micro_batches)
         text = " ".join(f"train.{key}={value}" for key, value in keys.items())
@@ -401,7 +401,7 @@ def main(argv: list[str]) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, formatter_class=raw)
     parser.add_argument("config", nargs="?", default="configs/nvfp4-1.2b.toml", help="a TOML file")
-    parser.add_argument("override", nargs="*", default=[], help="key=value, e.g. train.recompute=false parallel.replicas=4")
+    parser.add_argument("override", nargs="*", default=[], help="key=value, e.g. train.recompute=none parallel.replicas=4")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gpu", default="b200", help=", ".join(GPUS))
     parser.add_argument("--check", action="store_true", help="against published runs, and stop")

@@ -167,9 +167,9 @@ class Captures:
             raise ValueError(f"--at {' '.join(map(str, self.at))}: expected steps from 1 to train.steps = {steps}")
         self.last = False  # whether the capture is the last one
         self.source = checkpoint.config_file(self.folders[0]) if self.folders else run
-        if self.config.train.recompute or self.config.train.compile == "model":
+        if self.config.train.recompute != "none" or self.config.train.compile == "model":
             print(f"search: {run} without train.recompute and with train.compile=quantiser, to see each GEMM once")
-        once = replace(self.config.train, recompute=False, compile="quantiser")  # each GEMM once, where it can be seen
+        once = replace(self.config.train, recompute="none", compile="quantiser")  # each GEMM once, where it can be seen
         plain = replace(self.config, train=once, policy=(Rule(recipe="bf16"),), weights=type(self.config.weights)())
         self.corpus = open_corpus(plain)
         with redirect_stdout(io.StringIO()):

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
 from data import DataConfig, near
@@ -84,12 +84,18 @@ class TrainConfig:
     # (the backend of quantised GEMMs, or the mode of emulated ones, quant/gemm.py)
     rounding: Literal["exact", "cvt.rs"] = "exact"  # "cvt.rs": stochastic rounding by that instruction, see docs/kernels.md
     compile: Literal["quantiser", "model", "off"] = "quantiser"  # "model" also changes how its sums are ordered
-    recompute: bool = False  # activation checkpointing, block by block
+    recompute: Literal["none", "selective", "full"] = "none"  # activation checkpointing, block by block (model.py)
     log_every: int = Field(10, ge=1)
     val_every: int = Field(100, ge=1)
     val_batches: int = Field(8, ge=1)  # of batch_size sequences
     stats_every: int = Field(0, ge=0)  # steps between per-operand statistics; 0: never, at no cost
     profile: str = Field("", pattern=r"^(\d+:\d+)?$")  # "FROM:TO" steps whose trace is written into the run folder
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: Any) -> Any:
+        """As older configs have it."""
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
     def __post_init__(self):
         if self.warmup + self.decay > 1:
@@ -103,11 +109,13 @@ class TrainConfig:
 
 @frozen
 class ParallelConfig:
-    """How the ranks of a run share it (parallel.py). Only `reduction` and `replicas` change numbers: the last bits of sums."""
+    """How the ranks of a run share it (parallel.py). `reduction`, `accumulate` and `replicas` change the last bits of
+    sums, nothing else changes a number."""
 
     replicas: int = Field(1, ge=1)  # HSDP: so many copies of the model, each cut over ranks / replicas of them
     gather: Literal["weights", "codes"] = "weights"  # what all-gathers move: weights, or codes made before
     reduction: Literal["ordered", "library"] = "ordered"  # gradients, added in the order of ranks or as NCCL does
+    accumulate: Literal["whole", "cut"] = "whole"  # gradients are reduced once a step, or after each micro-batch (less memory)
     prefetch: int = Field(1, ge=0)  # blocks that are gathered ahead
     offload: bool = False  # masters and the optimiser's state on the CPU
 

@@ -164,7 +164,7 @@ def gathered_in_bf16(module: nn.Module) -> bool:
 
 
 Known = dict[tuple, Piece]  # see Model._known
-LEVELS = get_args(get_type_hints(TrainConfig)["recompute"]) or (False, True)  # of train.recompute, from nothing to all
+LEVELS = get_args(get_type_hints(TrainConfig)["recompute"])  # of train.recompute, from nothing to all
 PLAIN, FULL = LEVELS[0], LEVELS[-1]
 
 

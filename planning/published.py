@@ -82,7 +82,7 @@ def _h200(ranks: int, speed: float, gib: float) -> Row:
 
 _FP8 = ("recipes.fp8-tensorwise.weights=bf16",)
 _MX = ("recipes.mxfp8.weights=bf16",)
-_LONG = (*_SWIGLU, *_LLAMA, *_batch(1, 8, 32768), *_FP8, f"train.recompute={str(FULL).lower()}")
+_LONG = (*_SWIGLU, *_LLAMA, *_batch(1, 8, 32768), *_FP8, f"train.recompute={FULL}")
 _RUNS, _MORE = "llama3/run_logs/eager_trainer/", "qwen3/run_logs_pretrain/random_init/eager_trainer/"
 ROWS = [
     # The first is the one that EFFICIENCY["products"] was chosen by.

@@ -307,7 +307,9 @@ class Linear(nn.Linear):
     def _source(self, rows: Tensor | None = None) -> Tensor:
         """The weight, or some rows of it, as it is quantised: the fp32 master, or its BF16 copy if the recipe says so, rotated
         if it says so."""
-        weight = self.weight.detach() if rows is None else rows
+        weight = rows
+        if weight is None:
+            weight = self.weight.operands["copy"] if isinstance(self.weight, Gathered) else self.weight.detach()
         if self.recipe and self.recipe.weights == "bf16":
             weight = weight.to(torch.bfloat16)
         return self._rotated(weight)
@@ -346,8 +348,7 @@ class Linear(nn.Linear):
             return Operand(w.t() if transpose else w, None, False)
         shared = transpose and not packed and self._shares_weight()
         name, held = "fprop.w" if shared else operand, None
-        if isinstance(self.weight, Gathered):  # (decoded at every use: it is here for no longer than that)
-            q = self.weight.operands.get(name) or self.weight.operands["fprop.w"].turned()
+        if q := self._gathered(name):  # (decoded at every use: it is here for no longer than that)
             return _turned(_of(q, packed)) if shared else _of(q, packed)
         watched = self.context.stats is not None
         if spec.scale.history:  # noted also where an evaluation has filled the cache
@@ -361,6 +362,11 @@ class Linear(nn.Linear):
         if watched:
             self._observe(operand, spec, self._original(operand, spec, dtype), held, found.index)
         return found
+
+    def _gathered(self, operand: str) -> QTensor | None:
+        """Codes of the weight that other ranks have made."""
+        found = self.weight.operands if isinstance(self.weight, Gathered) else {}
+        return found[operand] if operand in found else found["fprop.w"].turned() if "fprop.w" in found else None
 
     def _shares_weight(self) -> bool:
         """Whether W^T has the codes of W, so that both are quantised once."""

@@ -315,7 +315,7 @@ def test_linears_have_the_names_that_policies_and_checkpoints_use():
 
 def test_initialise_is_a_function_of_the_seed_alone(variant):
     torch.manual_seed(0)
-    a, b, c = GPT(variant), GPT(variant, torch.float32, recompute=True), GPT(variant)
+    a, b, c = GPT(variant), GPT(variant, torch.float32, recompute="full"), GPT(variant)
     state = torch.get_rng_state()
     a.initialise(5)
     torch.manual_seed(99)
@@ -364,7 +364,7 @@ RECIPES = {
 }
 
 
-def run(recipe: str, recompute: bool, activation: str = "relu2", micro_batch: int = 3):
+def run(recipe: str, recompute: str, activation: str = "relu2", micro_batch: int = 3):
     """(loss, gradients) at a place in a run."""
     model = GPT(replace(SMALL, activation=activation), recompute=recompute).initialise(0)
     context = Context(seed=1)
@@ -376,19 +376,21 @@ def run(recipe: str, recompute: bool, activation: str = "relu2", micro_batch: in
     return loss.detach(), gradients(model)
 
 
+@pytest.mark.parametrize("level", ["selective", "full"])
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
 @pytest.mark.parametrize("recipe", ["bf16", *RECIPES])
-def test_recompute_gives_the_same_bits(recipe, activation):
-    loss, found = run(recipe, False, activation)
-    again, recomputed = run(recipe, True, activation)
+def test_recompute_gives_the_same_bits(recipe, activation, level):
+    loss, found = run(recipe, "none", activation)
+    again, recomputed = run(recipe, level, activation)
     assert torch.equal(loss, again)
     for name, g in found.items():
         assert g.isfinite().all() and torch.equal(g, recomputed[name]), name
 
 
-def test_recompute_runs_blocks_twice_and_only_where_gradients_are_wanted():
+@pytest.mark.parametrize("level", ["selective", "full"])
+def test_recompute_runs_blocks_twice_and_only_where_gradients_are_wanted(level):
     """Otherwise the test above compares nothing."""
-    model, calls = GPT(SMALL, recompute=True).initialise(0), []
+    model, calls = GPT(SMALL, recompute=level).initialise(0), []
     model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))  # recomputing stops early
     loss = model.loss(draw((1, 8)), draw((1, 8)))
     assert len(calls) == 1
@@ -399,12 +401,24 @@ def test_recompute_runs_blocks_twice_and_only_where_gradients_are_wanted():
     assert len(calls) == 3
 
 
+def test_selective_recomputation_multiplies_once():
+    """Where "full" has the products of its blocks once more."""
+    found = {}
+    for level in ("none", "selective", "full"):
+        model = GPT(SMALL, recompute=level).initialise(0)
+        with FlopCounterMode(display=False) as counter:
+            model.loss(draw((1, 8)), draw((1, 8))).backward()
+        counts = counter.get_flop_counts()["Global"]
+        found[level] = {op: n for op, n in counts.items() if "mm" in str(op)}
+    assert found["selective"] == found["none"] and sum(found["full"].values()) > sum(found["none"].values())
+
+
 def test_noise_depends_on_the_micro_batch_and_only_where_it_is_used():
     for recipe, draws in (("nearest", False), ("nvfp4", True)):
-        (loss, a), (same, b) = run(recipe, False, micro_batch=3), run(recipe, False, micro_batch=4)
+        (loss, a), (same, b) = run(recipe, "none", micro_batch=3), run(recipe, "none", micro_batch=4)
         assert torch.equal(loss, same)  # no noise in the forward pass of either
         assert all(torch.equal(a[n], b[n]) for n in a) != draws
-    assert not torch.equal(run("sr-everywhere", False, micro_batch=3)[0], run("sr-everywhere", False, micro_batch=4)[0])
+    assert not torch.equal(run("sr-everywhere", "none", micro_batch=3)[0], run("sr-everywhere", "none", micro_batch=4)[0])
 
 
 # --- sampling ---

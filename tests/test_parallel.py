@@ -36,8 +36,10 @@ FOUR = [
     "mor-block-3way parallel.gather=codes",
     "fp8-tensorwise parallel.gather=codes",
     "fp8-adam",
-    "nvfp4 train.recompute=true parallel.prefetch=0 parallel.gather=codes",
+    "nvfp4 train.recompute=selective parallel.prefetch=0 parallel.gather=codes",
     "nvfp4 parallel.offload=true model.tied_head=true",
+    "layercast",
+    "tiny-hybrid model.blocks=4 parallel.gather=codes",
 ]
 ORDERS = ["nvfp4 parallel.replicas=2 parallel.gather=codes", "nvfp4 train.micro_batches=8", "nvfp4 parallel.reduction=library"]
 
