@@ -135,7 +135,9 @@ class World:
             dist.destroy_process_group()
 
 
-TIMEOUT = 60  # seconds that a rank waits for the others, then it says so and ends
+# Seconds that a rank waits for the others, e.g. while the first hashes a large step; then it says so and ends. (One that died
+# ends them at once: launch.py or torchrun see to it.)
+TIMEOUT = 1800
 LOST = 4  # exit code of a rank that misses another
 
 
@@ -398,6 +400,10 @@ class Whole:
     def gradients(self) -> None:
         """Give `parameters` their gradients, after the backward of a step; and ranks what each other remember."""
 
+    def compiled(self) -> Callable[..., Tensor]:
+        """The model's loss, compiled: as one."""
+        return torch.compile(self.model.loss)
+
     @torch.no_grad()
     def put(self, name: str, x: Tensor) -> None:
         """Give a parameter, or what of it is here, its value, of which x is the whole."""
@@ -413,7 +419,9 @@ class Shards(Whole):
     Raises ValueError where weights or moments are kept in a way that needs more than the rows of a rank."""
 
     def __init__(self, model: GPT, world: World, whole: Config):
-        config = whole.parallel
+        config, compiled = whole.parallel, whole.train.compile == "model"
+        if compiled and config.gather == "codes":  # (to the compiler a Gathered is no tensor: it would drop its gradients)
+            raise ValueError("parallel.gather = 'codes' with train.compile = 'model': expected 'weights', or 'quantiser'")
         self.model, self.world, self.config, self.traffic = model, world, config, Traffic()
         self.updates = 0
         for what, spec in (("weights.store", whole.weights.store), ("optimizer.state", whole.optimizer.state)):
@@ -445,7 +453,7 @@ class Shards(Whole):
         for name, module in linears(model).items():
             (param,) = (p for p in found if p._module_info.module is module or module in p._module_info.shared_modules)
             module.stamp = lambda: self.updates
-            if not param._module_info.shared_modules:
+            if not (param._module_info.shared_modules or compiled):
                 self.linears[name] = Rows(module, param, config.gather == "codes", model.dtype)
         self.parameters = {name: nn.Parameter(p._local_tensor) for name, p in model.named_parameters()}
 
@@ -456,6 +464,12 @@ class Shards(Whole):
 
     def mine(self, name: str, whole: Tensor) -> Tensor:
         return whole[self.rows(name)].clone() if whole.ndim else whole  # (not a part of a larger memory)
+
+    def compiled(self) -> Callable[..., Tensor]:
+        """... each block for itself, between what FSDP2 does around it."""
+        for block in self.model.blocks:
+            block.compile()
+        return self.model.loss
 
     def once(self, work: Callable[[], T]) -> T:
         return self.world.once(work)
@@ -478,8 +492,8 @@ class Shards(Whole):
 
     def gradients(self) -> None:
         for name, p in self.model.named_parameters():
-            self.parameters[name].grad = p.grad._local_tensor if p.grad is not None else None
-            p.grad = None
+            assert p.grad is not None, name
+            self.parameters[name].grad, p.grad = p.grad._local_tensor, None
         state = list(memory(self.model).values())  # of delayed scales and ladders: their largest of all micro-batches
         if state:
             merged = self.world.max(torch.cat([t.flatten() for t in state]))

@@ -138,7 +138,7 @@ class Trainer:
         assign_sites(model, config.sites)
         self.store = WeightStore(self.shards.parameters, config.weights, t.seed)
         self.store.begin()
-        self.loss = torch.compile(model.loss) if t.compile == "model" else model.loss
+        self.loss = self.shards.compiled() if t.compile == "model" else model.loss
         self.bytes = torch.as_tensor(corpus.tokenizer.bytes_per_token, device=self.device)
         self.frozen = torch.zeros((), device=self.device)  # 1 from the first non-finite loss or gradient on
         self.optimizer.found_inf = self.frozen

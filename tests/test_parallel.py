@@ -122,6 +122,15 @@ def test_other_orders_of_a_sum_move_last_bits_only():
         assert case["codes"] == (8 if "parallel.gather=codes" in case["overrides"] else 0)
 
 
+@pytest.mark.slow
+def test_blocks_compiled_for_themselves_have_all_their_gradients():
+    """Their sums are in other orders than one process's (train.compile="model" says so); what is reduced is as much."""
+    compiled, eager = cases(2, ["tiny-nvfp4 train.compile=model", "tiny-nvfp4"])
+    assert compiled["moved"]["reduce-scatter"] == eager["moved"]["reduce-scatter"] > 0
+    done = launched(2, "out", "train.compile=model", check=False)
+    assert done.returncode == 2 and "parallel.gather = 'codes' with train.compile = 'model'" in done.stderr
+
+
 # --- runs ---
 
 SMALL = ["model.blocks=2", "model.seq_len=128", "train.batch_size=2", "train.steps=6", "train.val_batches=2", "run.samples=1"]
