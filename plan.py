@@ -112,6 +112,8 @@ def changes(found: Plan) -> Iterator[tuple[str, Change]]:
         yield "parallel.replicas=1", lambda c, n: (changed(c, "parallel", replicas=1), n)
     if found.ranks > 1:
         yield 'parallel.gather="codes"', lambda c, n: (changed(c, "parallel", gather="codes"), n)
+    if found.ranks > 1 and found.ranks < c.train.micro_batches:
+        yield "parallel.accumulate=cut", lambda c, n: (changed(c, "parallel", accumulate="cut"), n)
     yield "parallel.offload=true", lambda c, n: (changed(c, "parallel", offload=True), n)
     if not c.optimizer.state:
         yield "optimizer.state of configs/fp8-adam.toml", lambda c, n: (dataclasses.replace(c, optimizer=FP8_ADAM), n)
@@ -184,10 +186,10 @@ def memory(found: Plan, known: Known) -> Iterator[str]:
     yield f"  {'reserved':12} {gib(still.reserved)}     {gib(top.reserved)}      {FRAGMENTS:.2f} times that, with fragments"
     verdict = "fits" if found.fits else "DOES NOT FIT"
     yield f"  {verdict} into {found.gpu.memory / GIB:.1f} GiB less {ASIDE / GIB:.0f} for CUDA and NCCL"
-    if micro > 1 and shards > 1:
+    if micro > 1 and shards > 1 and c.parallel.accumulate == "whole":
         saved, more = 4 * N * (1 - 1 / shards), (micro - 1) * 4 * N * (shards - 1) / shards
-        yield f"  {gib(4 * N).strip()} of these are gradients that stay whole between micro-batches: reducing each would save"
-        yield f"  {gib(saved).strip()} and move {more / 1e9:,.0f} GB more a step (not offered)"
+        yield f"  {gib(4 * N).strip()} of these are gradients that stay whole between micro-batches:"
+        yield f"  parallel.accumulate=cut saves {gib(saved).strip()} and moves {more / 1e9:,.0f} GB more a step"
     most = largest_batch(found, known)
     whole = most == c.train.batch_size * micro
     yield f"  largest micro-batch that fits: {most} sequences" + ", all that a rank has in a step" * whole

@@ -5,7 +5,8 @@
     masters        4 N / S             fp32; 0 with parallel.offload, and so are
     moments        8 N / S             AdamW's, or as optimizer.state keeps them; with Kahan's compensation 4 N / S more
     gradients      4 N / S             fp32, after they are reduced. Where m > 1 they stay whole, 4 N, from the first
-                                       micro-batch on, and are reduced in the backward pass of the last
+                                       micro-batch on, and are reduced in the backward pass of the last; with
+                                       parallel.accumulate = "cut" each micro-batch reduces its own
     gathered       of the block that runs and of `prefetch` more, in fp32 or BF16 (probe.gathered_in_bf16), or as codes; of
                    embedding, head and norm, one group, throughout forward and backward
     codes          of quantised weights, of the whole model, from one optimiser's step to the next; none where they are gathered
@@ -124,15 +125,15 @@ def timeline(model: Model, ranks: int) -> list[Moment]:
     blocks, rest = groups(model)
     pieces, around = [model.blocks[i] for i in range(len(blocks))], model.around
     N, sharded, ahead = sum(g.count for g in blocks) + rest.count, shards > 1, c.parallel.prefetch
-    still = dict.fromkeys(KINDS, 0.0)
+    still, cut = dict.fromkeys(KINDS, 0.0), c.parallel.accumulate == "cut"
     if not c.parallel.offload:
         still |= {"masters": 4 * N / shards, "moments": moment_bytes(c, model.gpt) / shards}
     if c.parallel.gather == "weights" or not sharded:
         still["codes"] = around.codes + sum(piece.codes for piece in pieces)
 
     def micro_batch(which: str, gradients: float, last: bool) -> Iterator[Moment]:
-        """gradients: bytes of whole ones that are there already, of all parameters or of none; last: they are reduced."""
-        ready = gradients > 0
+        """gradients: bytes of those that are there already, of all parameters or of none; last: they are reduced."""
+        there = gradients / (4 * N)
 
         def at(phase: str, place: str, activations: float, working: float, near: list[Group]) -> Moment:
             gathered = (rest.gathered + sum(g.gathered for g in near)) * sharded
@@ -141,10 +142,10 @@ def timeline(model: Model, ranks: int) -> list[Moment]:
 
         def reduced(g: Group) -> float:
             """What the gradients of a group add when its backward is over."""
-            return 4 * g.count * ((1 / shards if last else 1) - ready)
+            return 4 * g.count * ((1 / shards if last or cut else 1) - there)
 
         def buffers(g: Group) -> float:
-            return (g.made + 4 * g.count * last) * (ranks > 1)
+            return (g.made + 4 * g.count * (last or cut)) * (ranks > 1)
 
         activations = 0.0
         yield at("forward", "start", 0.0, 0.0, [])
@@ -161,7 +162,7 @@ def timeline(model: Model, ranks: int) -> list[Moment]:
 
     found = list(micro_batch("", 0.0, micro == 1))
     if micro > 1:
-        found += micro_batch("last ", 4.0 * N, True)
+        found += micro_batch("last ", 4.0 * N / (shards if cut else 1), True)
     # The optimiser: weights from before where they are kept on a grid; one matrix of decoded moments.
     named = dict(model.gpt.named_parameters())
     old = sum(4 * p.numel() for name, p in named.items() if c.weights.store and _stored(c, name))

@@ -245,13 +245,15 @@ def _step(model: Model, gpu: GPU, ranks: int, share: float | None) -> tuple[dict
         return g.count * (4 * one / speed + reduced / across) + ring + rings
 
     exposed, hidden = 0.0, bool(c.parallel.prefetch)
-    for last in [False] * (micro - 1) + [True]:
+    times = micro if c.parallel.accumulate == "cut" else 1  # that gradients are reduced
+    for last in [False] * (micro - times) + [True] * times:
         exposed += 2 * gathering(rest) + last * reducing(rest)
         for g, w in zip(blocks, order, strict=True):
             exposed += max(0.0, gathering(g) - hidden * sum(w.forward.values()))
             exposed += max(0.0, gathering(g) + last * reducing(g) - hidden * sum(w.backward.values()))
     parts["links"] = exposed
     gathers = 2 * micro * (sum(g.gathered for g in blocks) + rest.gathered)
-    moved = (gathers + 4 * N) * one
-    beyond = (gathers + 4 * N) * (shards - gpu.domain) / shards / gpu.domain if wide else 0.0
-    return parts, moved + (0 if far else reduced * N), beyond + (reduced * N if far else 0), host
+    moved = (gathers + 4 * N * times) * one
+    beyond = (gathers + 4 * N * times) * (shards - gpu.domain) / shards / gpu.domain if wide else 0.0
+    reduced *= N * times
+    return parts, moved + (0 if far else reduced), beyond + (reduced if far else 0), host

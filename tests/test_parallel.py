@@ -42,6 +42,7 @@ FOUR = [
     "tiny-hybrid model.blocks=4 parallel.gather=codes",
 ]
 ORDERS = ["nvfp4 parallel.replicas=2 parallel.gather=codes", "nvfp4 train.micro_batches=8", "nvfp4 parallel.reduction=library"]
+ORDERS += ["nvfp4 train.micro_batches=8 parallel.accumulate=cut"]
 
 
 def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess:

@@ -2,6 +2,8 @@
 
 import gc
 import itertools
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from planning.memory import ASIDE, KINDS, changed, groups, peak, timeline
 from planning.probe import FULL, Model
 from planning.published import ROWS, check
 from planning.roofline import estimate, flops, kernels, quantiser_name
+from tests.test_train import ROOT
 from train import Trainer
 
 # --- against reality ---
@@ -285,3 +288,22 @@ def test_published_runs():
     assert abs(speeds[0]) < 0.01, "the row that EFFICIENCY was chosen by"
     assert sum(abs(x) <= 0.30 for x in speeds) == 15 and min(speeds) > 0 and max(speeds) < 0.32
     assert sum(abs(x) <= 0.15 for x in sizes) == 14 and min(sizes) > -0.17 and max(sizes) < 0.05
+
+
+@pytest.mark.slow
+def test_readme_and_scale_have_what_the_commands_print():
+    """`make plan CONFIG=configs/nvfp4-12b.toml NGPU=32 GPU=b200`, and the table of `--scale` for the same config."""
+    for page, start, end, arguments in (
+        ("README.md", "<!-- make plan: the reference -->", "<!-- end of the plan -->", ["--gpus", "32"]),
+        ("docs/scale.md", "<!-- plan.py --scale -->", "<!-- end of the scale -->", ["--scale"]),
+    ):
+        done = subprocess.run(
+            [sys.executable, "plan.py", "configs/nvfp4-12b.toml", "--gpu", "b200", *arguments],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        shown = (ROOT / page).read_text().partition(start)[2].partition(end)[0].strip().strip("`").strip()
+        printed = done.stdout.partition("\n\npicture:")[0].strip()
+        assert shown == printed, page
