@@ -274,7 +274,12 @@ def restore(folder: Path, shards: Whole, optimizer: AdamW, store: WeightStore | 
     path, converted = folder / "optimizer.safetensors", []
     with safe_open(path, "pt") as f:
         specs, power = (json.loads((f.metadata() or {}).get(key, no)) for key, no in (("specs", "{}"), ("power", "1")))
-    specs, power = state.get("moments", {"specs": specs, "power": power}).values()  # (in the state, if several ranks wrote it)
+    if len(shards.parameters) and any(shards.rows(name) != slice(None) for name in shards.parameters):
+        for place, about in specs.items():
+            if about["spec"]["block"][0] != 1:
+                raise ValueError(
+                    f"{path}: {place} is in blocks of several rows, which are not cut over ranks; continue it on one"
+                )
     whole = load_file(path)
     for name, p in shards.parameters.items():
         places = {key: f"{key}.{name}" for key in NAMES}

@@ -18,6 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from checkpoint import steps
 from configs import load
 from data import prepare
+from parallel import LOST
 
 PATIENCE = 10
 FINAL = {2, 3, 130}  # exit codes of train.py after which it is not started again
@@ -39,8 +40,10 @@ def run(ranks: int, command: list[str]) -> tuple[int, str]:
     try:
         elastic_launch(config, entrypoint=sys.executable)(*command)
     except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        code = failure.exitcode
+        # The cause comes first, but those that missed it, or were ended for it, may be noticed in the same second.
+        found = failed.failures
+        rank = min(found, key=lambda r: (found[r].exitcode in (LOST, -signal.SIGTERM), found[r].timestamp, r))
+        code = found[rank].exitcode
         what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return code, f"rank {rank} of {ranks} {what}"
     except SignalException as stopped:
@@ -67,7 +70,8 @@ def main(argv: list[str]) -> int:
         if waited == PATIENCE:
             what += f"; {PATIENCE} starts have brought no step after {newest}"
             break
-        overrides = [o for o in overrides if not o.startswith("run.overwrite")]  # what it did must not be done again
+        overrides = [o for o in overrides if not o.startswith(("run.overwrite", "run.resume"))]
+        overrides += ["run.overwrite=false", "run.resume=0"]  # what they did must not be done again
         print(f"launch.py: {what}; all start again from step {newest}", file=sys.stderr, flush=True)
     if what:
         print(f"launch.py: {what}", file=sys.stderr)

@@ -68,6 +68,7 @@ class World:
             if not dist.is_initialized():
                 how = "cpu:gloo,cuda:nccl" if cuda else "gloo"
                 dist.init_process_group(how, timeout=timedelta(seconds=TIMEOUT))
+            self.patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE))
             shape = replicas, self.size // replicas
             self.shard_rank = self.rank % shape[1]
             self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
@@ -114,6 +115,10 @@ class World:
         """What puts the rows [batches, ...] that ranks have found of `some` of them together, in their order."""
         return lambda x: x if count % self.size else self.all(x).transpose(0, 1).flatten(0, 1)
 
+    def any(self, yes: bool) -> bool:
+        """Whether it is so on some rank: asked by the hosts of each other, no device waits."""
+        return bool(self.max(torch.tensor(float(yes)))) if self.sharded else yes
+
     def once(self, work: Callable[[], T]) -> T:
         """What `work` returns on the first rank, on all of them; if it raises there, the others end quietly."""
         if not self.sharded:
@@ -122,12 +127,12 @@ class World:
         if self.first:
             try:
                 told = [(work(),)]
-            except (ValueError, OSError) as error:
-                dist.broadcast_object_list([None], 0)
-                raise error
-        dist.broadcast_object_list(told, 0)
+            except Exception:
+                dist.broadcast_object_list([None], 0, group=self.patient)
+                raise
+        dist.broadcast_object_list(told, 0, group=self.patient)
         if told[0] is None:  # the first says why
-            raise SystemExit(2)
+            raise SystemExit(LOST)
         return told[0][0]
 
     def close(self) -> None:
@@ -135,9 +140,9 @@ class World:
             dist.destroy_process_group()
 
 
-# Seconds that a rank waits for the others, e.g. while the first hashes a large step; then it says so and ends. (One that died
-# ends them at once: launch.py or torchrun see to it.)
-TIMEOUT = 1800
+# Seconds that a rank waits for the others in a step, and for the first, which may prepare data or hash a large step; then it
+# says so and ends. (One whose process died ends them at once: launch.py or torchrun see to it.)
+TIMEOUT, PATIENCE = 300, 1800
 LOST = 4  # exit code of a rank that misses another
 
 
@@ -151,7 +156,8 @@ def lost(error: RuntimeError) -> bool:
 
 
 class Traffic:
-    """Bytes that this rank has received, by "all-gather" and "reduce-scatter", of parameters and gradients."""
+    """Bytes that this rank has received, by "all-gather" and "reduce-scatter", of parameters and gradients; without the
+    all-reduce between replicas."""
 
     def __init__(self) -> None:
         self.received = {"all-gather": 0, "reduce-scatter": 0}
@@ -289,7 +295,7 @@ class Rows:
         """Of each operand that has one scale over the ranks."""
         keys = {name: self.module._keys(name, spec)[1] for name, spec in self.specs().items() if spec}
         return [
-            rotated(x, spec, keys[name]).abs().amax().float() if x.numel() else x.new_zeros(())
+            rotated(x, spec, keys[name]).abs().amax().float()
             for name, x in self.seen().items()
             if self.whole(spec := self.specs()[name])
         ]
@@ -301,6 +307,8 @@ class Rows:
         for name, x in self.seen().items():
             spec = self.specs()[name]
             held = next(amaxes) if self.whole(spec) else None
+            if held is not None:  # (inf makes all of it NaN, on every rank)
+                held = torch.where(held.isnan(), torch.inf, held)
             self.made[name] = quantize(x, spec, *self.module._keys(name, spec), held)
 
     # --- FSDP2's extension points ---
@@ -429,6 +437,8 @@ class Shards(Whole):
             if spec and world.size > 1 and (spec.keyed or spans):
                 raise ValueError(f"{what} = {spec.short()}: with several ranks it takes blocks of one row, rounded to nearest")
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        if config.offload and world.device.type == "cuda":  # (FSDP2 loses what hangs on the rows when it copies them to a GPU)
+            raise ValueError("parallel.offload = true: expected false, it is for CPUs so far")
         offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.offload else OffloadPolicy()
         mesh = world.mesh if config.replicas > 1 else world.mesh["shard"]
         # Weights are let go after forward everywhere, also of the head, which backward begins with: between a step and an

@@ -11,17 +11,23 @@ take a whole step in the time between two.
 
 import json
 import shutil
+from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 import checkpoint
+import sealed
 from configs import Config
 from parallel import Shards, Whole
 from quant import WeightStore
@@ -48,17 +54,16 @@ class Saver:
         given = checkpoint.moments(self.shards.parameters, optimizer)
         tensors = given[0] | {f"compensation.{name}": c for name, c in store.compensation.items()}
         record = {"version": checkpoint.VERSION, "step": step, **state}
-        if given[1]:
-            record["moments"] = {"specs": given[1], "power": optimizer.power}
+        about = {"specs": json.dumps(given[1]), "power": json.dumps(optimizer.power)} if given[1] else None
         whole = {name: self.cut(name, p.detach()) for name, p in self.shards.parameters.items()} | memory(self.shards.model)
         kinds = dict.fromkeys(whole, 1) | dict.fromkeys(tensors, 2)
         whole |= {key: self.cut(self.owner(key), t) if t.ndim else t for key, t in tensors.items()}
         place = self.run / f".shards_step_{step:06d}"
         self.shards.once(lambda: shutil.rmtree(place, ignore_errors=True))
-        writer = dcp.HuggingFaceStorageWriter(str(place), kinds, save_distributed=True, enable_consolidation=True)
+        writer = dcp.HuggingFaceStorageWriter(str(place), kinds, save_distributed=True)
         self.writing = dcp.async_save(whole, storage_writer=writer, process_group=self.group)
         if self.shards.world.first:
-            self.made = self.pool.submit(self.make, self.writing, place, step, record)
+            self.made = self.pool.submit(self.make, self.writing, place, step, record, about)
         return checkpoint.step_folder(self.run, step)
 
     def cut(self, name: str, rows: Tensor) -> DTensor:
@@ -73,14 +78,16 @@ class Saver:
         name = key.partition(".")[2]
         return name if name in self.shards.parameters else name.rpartition(".")[0]
 
-    def make(self, written: Future, place: Path, step: int, record: dict) -> None:
+    def make(self, written: Future, place: Path, step: int, record: dict, about: dict | None) -> None:
         """On the first rank, in a thread: the step itself."""
         written.result()
         run = self.config.run
         with checkpoint.writing(self.run, step, run.keep) as (folder, settled):
             for number, kind in enumerate(KINDS, 1):
                 name = f"{kind}.safetensors"
-                (place / f"model-{number:05d}-of-{len(KINDS):05d}.safetensors").rename(folder / name)
+                sealed.write(
+                    folder / name, joined(place, number), lambda kind=kind: about if about and kind == "optimizer" else {}
+                )
                 settled(name)
             shutil.rmtree(place)
             model = checkpoint.built(self.config, json.loads(json.dumps(record)))
@@ -90,9 +97,28 @@ class Saver:
 
     def wait(self) -> None:
         """Until what is being written is there. Raises OSError if it could not be."""
-        if self.writing is not None:
-            self.writing.result()
-        if self.made is not None:
-            self.made.result()
+        try:
+            for work in filter(None, (self.writing, self.made)):
+                work.result()
+        except CheckpointException as error:
+            why, safe = next(iter(error.failures.values()))[0], checkpoint.steps(self.run)
+            rest = (
+                f"the newest complete checkpoint is {checkpoint.step_folder(self.run, safe[-1])}" if safe else "there is none"
+            )
+            raise OSError(f"{self.run}: a step could not be written: {why}; {rest}") from None
         self.writing = self.made = None
         self.shards.once(lambda: None)  # nobody goes on without the first
+
+
+def joined(place: Path, number: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of file `number` of a folder that DCP has written: rows of all ranks, one after the other. (DCP's own
+    function for it knows floats only, and moments may be codes.)"""
+    found = defaultdict(list)
+    with ExitStack() as files:
+        for path in sorted(place.glob(f"shard-*-model-{number:05d}-of-*.safetensors")):
+            f = files.enter_context(safe_open(path, "pt"))
+            for key, about in json.loads(f.metadata()["DCP_SHARDING_INFO"]).items():
+                found[key].append((about["saved_offsets"], f))
+        for key, parts in sorted(found.items()):
+            rows = [f.get_tensor(key) for _, f in sorted(parts, key=lambda part: part[0])]
+            yield key, torch.cat(rows) if len(rows) > 1 else rows[0]

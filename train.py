@@ -9,7 +9,7 @@ continuing a run needs no generator state. Losses stay on the device until a log
 A non-finite loss or gradient freezes the weights on the device at once (every later update is skipped); the next log
 finds it, runs the first bad step again with statistics on, and names the operands.
 
-Left out so far: several ranks (torchrun), other optimisers.
+Several ranks run the same loop (parallel.py). Left out so far: other optimisers.
 """
 
 import argparse
@@ -206,8 +206,9 @@ class Trainer:
         for suffix, precision in (("", nullcontext()), ("_bf16", unquantized(self.model))):
             with precision:
                 self.shards.assigned()
-                batches = self.corpus.val_batches(t.batch_size, self.config.model.seq_len, t.val_batches)
-                given = self.model, self.world.some(batches, t.val_batches), self.bytes, self.world.together(t.val_batches)
+                batches = list(self.corpus.val_batches(t.batch_size, self.config.model.seq_len, t.val_batches))
+                count = len(batches)  # (a small split has fewer)
+                given = self.model, self.world.some(batches, count), self.bytes, self.world.together(count)
                 found["val_loss" + suffix], found["val_bpb" + suffix] = measure(*given)
         self.shards.assigned()
         self.context.stats, self.context.decisions = stats, noted
@@ -273,13 +274,16 @@ class Trainer:
                 if done == end_traced:
                     tracing.close()
                 validating = last or done % t.val_every == 0
-                saving = last or bool(self.stopped_by) or bool(every and done % every == 0)
+                stopping = self.world.any(bool(self.stopped_by))
+                saving = last or stopping or bool(every and done % every == 0)
                 if validating or saving or self.context.stats or done % t.log_every == 0 or step == self.run.start:
-                    metrics |= self.log(unread, done, validating, saving)
+                    metrics |= self.log(unread, done, validating, saving, stopping)
                     unread = []
         return metrics
 
-    def log(self, unread: list[tuple[Tensor, Tensor, Tensor]], done: int, validating: bool, saving: bool) -> dict[str, float]:
+    def log(
+        self, unread: list[tuple[Tensor, ...]], done: int, validating: bool, saving: bool, stopping: bool
+    ) -> dict[str, float]:
         """Read the losses, the one place where the host waits for the device; print, validate, write, save."""
         t, per_step = self.config.train, self.config.tokens_per_step
         values = torch.stack([torch.stack(v) for v in unread]).tolist()
@@ -319,11 +323,11 @@ class Trainer:
         self.run.write(metrics | statistics, losses=[v[0] for v in values])
         if saving:
             folder = self.save(done)
-            if self.saver and (done == t.steps or self.stopped_by):
+            if self.saver and (done == t.steps or stopping):
                 self.saver.wait()
-            if self.stopped_by and done < t.steps:
+            if stopping and done < t.steps:
                 again = f"the same command with run.name={self.run.folder.name} continues"
-                raise Stop(f"{self.stopped_by}: saved {folder} and stopped; {again}")
+                raise Stop(f"{self.stopped_by or 'a signal to another rank'}: saved {folder} and stopped; {again}")
         self.tick = time.perf_counter()
         return metrics
 
@@ -336,7 +340,8 @@ class Trainer:
             with profiler:
                 yield
         finally:
-            profiler.export_chrome_trace(str(path))
+            if self.world.first:
+                profiler.export_chrome_trace(str(path))
             print(f"profile: {path} (for chrome://tracing or ui.perfetto.dev)")
 
     def check_finite(self, values: list[list[float]], done: int) -> None:
@@ -344,6 +349,8 @@ class Trainer:
         bad = next((i for i, (loss, _, norm) in enumerate(values) if not (math.isfinite(loss) and math.isfinite(norm))), None)
         if bad is None:
             return
+        if self.saver:
+            self.saver.wait()
         step = done - len(values) + bad
         found = checkpoint.steps(self.run.folder)
         safe = (
@@ -369,6 +376,8 @@ def finish(trainer: Trainer, metrics: dict[str, float]) -> None:
     for i in range(config.run.samples):
         ids = trainer.model.eval().sample([tokenizer.bos], config.run.sample_tokens, seed=i)
         texts.append(tokenizer.decode([t for t in ids if t != tokenizer.bos]))
+    if not trainer.world.first:
+        return
     if texts:
         (run.folder / "samples.txt").write_text("\n\n---\n\n".join(texts) + "\n")
         print("\nsamples:\n" + "\n".join(f"  | {' '.join(text.split())}" for text in texts))
@@ -405,8 +414,10 @@ def main(argv: list[str]) -> int:
         open_corpus(config)
         return 0
     keep_freed_memory()
-    with closing(World(config.parallel.replicas)) as world, closing(Run(config, argv, world)) as run:
+    world = World(config.parallel.replicas)
+    with closing(Run(config, argv, world)) as run:
         start(config, run, world)
+    world.close()  # (not after an exception: the others would notice and end first, and be taken for the cause)
     return 0
 
 

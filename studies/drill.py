@@ -30,7 +30,7 @@ SIZES += ["train.log_every=1", "run.samples=0", "run.checkpoint_every=2", "paral
 def start(ranks: int, name: str, length: int) -> subprocess.Popen:
     command = [sys.executable, "launch.py", str(ranks), "train.py", "configs/tiny-nvfp4.toml", f"run.name={name}"]
     command += [*SIZES, f"train.steps={length}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=(PLACE / f"{name}.log").open("w"))
 
 
 def workers(name: str, out: str = str(PLACE)) -> list[int]:
@@ -88,9 +88,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     length, chance = 10 + 4 * args.kills, random.Random(args.seed)
     shutil.rmtree(PLACE, ignore_errors=True)
+    PLACE.mkdir(parents=True)
     quiet = start(args.ranks, "undisturbed", length)
     if quiet.wait():
-        raise ValueError(f"the undisturbed run ended with exit code {quiet.returncode}: {quiet.stderr.read()}")
+        raise ValueError(f"the undisturbed run ended with exit code {quiet.returncode}: see {PLACE}/undisturbed.log")
     print(f"undisturbed: {length} steps on {args.ranks} ranks", flush=True)
     run, done = start(args.ranks, "killed", length), Counter()
     while done.total() < args.kills and run.poll() is None:
@@ -106,7 +107,10 @@ def main(argv: list[str]) -> int:
         except ProcessLookupError:
             continue
         done[kind] += 1
-        print(f"kill {done.total():3}: rank {alive.index(victim)}, {kind}, newest step {newest('killed')}", flush=True)
+        print(
+            f"kill {done.total():3}: process {alive.index(victim) + 1} of {len(alive)}, {kind}, newest step {newest('killed')}",
+            flush=True,
+        )
         while victim in workers("killed") or len(workers("killed")) == args.ranks - 1:
             time.sleep(0.05)
     try:

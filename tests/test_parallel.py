@@ -38,8 +38,8 @@ FOUR = [
     "fp8-adam",
     "nvfp4 train.recompute=selective parallel.prefetch=0 parallel.gather=codes",
     "nvfp4 parallel.offload=true model.tied_head=true",
-    "layercast",
-    "tiny-hybrid model.blocks=4 parallel.gather=codes",
+    "fp8-blockwise recipes.fp8-blockwise.weights=bf16",
+    "tiny-hybrid model.blocks=3 model.pattern=M*- parallel.gather=codes",
 ]
 ORDERS = ["nvfp4 parallel.replicas=2 parallel.gather=codes", "nvfp4 train.micro_batches=8", "nvfp4 parallel.reduction=library"]
 ORDERS += ["nvfp4 train.micro_batches=8 parallel.accumulate=cut"]
@@ -138,9 +138,9 @@ SMALL = ["model.blocks=2", "model.seq_len=128", "train.batch_size=2", "train.ste
 SMALL += ["run.sample_tokens=4", "run.checkpoint_every=2", "run.keep=9", "parallel.gather=codes"]
 
 
-def launched(ranks: int, out, *overrides: str, check: bool = True) -> subprocess.CompletedProcess:
+def launched(ranks: int, out, *overrides: str, check: bool = True, config: str = "tiny-nvfp4") -> subprocess.CompletedProcess:
     given = [*SMALL, f"run.out={out}", "run.name=a", *overrides]
-    command = [sys.executable, "launch.py", str(ranks), "train.py", "configs/tiny-nvfp4.toml", *given]
+    command = [sys.executable, "launch.py", str(ranks), "train.py", f"configs/{config}.toml", *given]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
@@ -167,6 +167,20 @@ def test_a_step_of_two_ranks_holds_what_one_process_writes(run, tmp_path):
             a, b = (checkpoint.load_file(f / f"step_{step:06d}/{name}.safetensors") for f in (run, tmp_path / "a"))
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), (step, name)
     assert (run / "rank_1.log").read_text() and (run / "samples.txt").read_text() == (tmp_path / "a/samples.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fp8-adam", "bf16-kahan", "mor-delayed"])
+def test_moments_in_codes_compensations_and_memories_are_saved_and_resumed_by_ranks(tmp_path, config):
+    """Two ranks to the end; and one process that continues their second step, with what each keeps besides."""
+    launched(2, tmp_path, config=config)
+    before = {name: checkpoint.load_file(tmp_path / f"a/step_000006/{name}.safetensors") for name in ("model", "optimizer")}
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"a/step_{step:06d}")
+    train.main([str(ROOT / f"configs/{config}.toml"), *SMALL, f"run.out={tmp_path}", "run.name=a"])
+    for name, tensors in before.items():
+        found = checkpoint.load_file(tmp_path / f"a/step_000006/{name}.safetensors")
+        assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in found), name
 
 
 @pytest.mark.slow
