@@ -24,7 +24,7 @@ from tests.test_train import ROOT
 TWO = [
     "tiny-nvfp4 parallel.gather=codes",
     "mxfp8 parallel.gather=codes",
-    "tiny-bf16",
+    "tiny-bf16 train.val_batches=3",
     "mor-tensor",
     "mor-delayed",
     "fp8-delayed",
@@ -107,6 +107,14 @@ def test_an_all_gather_of_codes_moves_a_quarter_of_bf16():
 def test_four_ranks_compute_what_one_process_does():
     for case in cases(4, FOUR):
         same(case)
+
+
+@pytest.mark.slow
+def test_rows_that_cannot_be_cut_equally():
+    """256, 512, 1,024 and 4,096 rows on three ranks: no codes, since blocks would be cut, and the same bits."""
+    (case,) = cases(3, ["nvfp4 parallel.gather=codes"])
+    same(case)
+    assert case["codes"] == 0 and any("rows on 3 ranks" in why for why in case["gathered"])
 
 
 @pytest.mark.slow
