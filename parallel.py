@@ -165,6 +165,9 @@ class Traffic:
     def note(self, what: str, whole: Tensor, ranks: int) -> None:
         self.received[what] += whole.nbytes * (ranks - 1) // ranks
 
+    def __str__(self) -> str:
+        return ", ".join(f"{size / 1e6:,.1f} MB by {what}s" for what, size in self.received.items())
+
 
 class _Allocate:
     def __init__(self, traffic: Traffic):

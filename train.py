@@ -381,6 +381,8 @@ def finish(trainer: Trainer, metrics: dict[str, float]) -> None:
     if texts:
         (run.folder / "samples.txt").write_text("\n\n---\n\n".join(texts) + "\n")
         print("\nsamples:\n" + "\n".join(f"  | {' '.join(text.split())}" for text in texts))
+    if trainer.world.sharded:
+        print(f"\na rank received {trainer.shards.traffic}, validations and samples included")
     pictures = [path for path in (plot.loss(run.folder), plot.choices(run.folder)) if path]
     files = ["config.toml", "metrics.jsonl", *["samples.txt"] * bool(texts), f"step_{config.train.steps:06d}/"]
     other = "nvfp4" if set(trainer.policy.values()) == {"bf16"} else "bf16"

@@ -201,7 +201,7 @@ def test_a_step_is_resumed_on_other_numbers_of_ranks(tmp_path, first, then):
     for step in (4, 6):
         shutil.rmtree(tmp_path / f"a/step_{step:06d}")
     done = launched(then, tmp_path, share)
-    assert "continues from" in done.stdout and "after step 2" in done.stdout
+    assert "continues from" in done.stdout and "after step 2" in done.stdout and "MB by all-gathers" in done.stdout
     assert hashes(tmp_path / "a/step_000006") == before
 
 
