@@ -464,7 +464,8 @@ def test_a_forward_pass_that_ends_in_bf16(small, tmp_path):
     before, after = (json.loads((step / "state.json").read_text()) for step in (early, late))
     assert set(before["policy"].values()) == {"bf16", "nvfp4"} and set(after["policy"].values()) == {"bf16", "nvfp4-backward"}
     assert set(after["amaxes"]) == {name for name, recipe in after["policy"].items() if recipe != "bf16"}
-    assert all(after["amaxes"][name] >= train.FORGET * a for name, a in before["amaxes"].items())
+    least = train.FORGET * (1 - 2**-22)  # (0.99 and its product are rounded to fp32)
+    assert all(after["amaxes"][name] >= least * a for name, a in before["amaxes"].items())
     out = export.export(late, "nvfp4", "compressed-tensors", tmp_path / "x", 1)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert "lm_head" in config["ignore"] and "model.layers.1.mlp.up_proj" in config["ignore"] and len(config["ignore"]) == 7
