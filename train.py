@@ -205,12 +205,10 @@ class Trainer:
         self.context.stats = self.context.decisions = None
         for suffix, precision in (("", nullcontext()), ("_bf16", unquantized(self.model))):
             with precision:
-                self.shards.assigned()
                 batches = list(self.corpus.val_batches(t.batch_size, self.config.model.seq_len, t.val_batches))
                 count = len(batches)  # (a small split has fewer)
                 given = self.model, self.world.some(batches, count), self.bytes, self.world.together(count)
                 found["val_loss" + suffix], found["val_bpb" + suffix] = measure(*given)
-        self.shards.assigned()
         self.context.stats, self.context.decisions = stats, noted
         return found
 
