@@ -18,7 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from checkpoint import steps
 from configs import load
 from data import prepare
-from parallel import LOST
+from parallel import LOST, shared
 
 PATIENCE = 10
 FINAL = {2, 3, 130}  # exit codes of train.py after which it is not started again
@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"expected {USAGE}")
     ranks, (script, path, *overrides) = int(argv[0]), argv[1:]
     config = load(path, [o for o in overrides if not o.startswith("--")])  # what is wrong with it is said once
+    shared(config, ranks)
     prepare(config.data)  # (hours, of a large set: ranks would wait for the first)
     if not config.run.name:  # all starts are of one run
         overrides.append(f"run.name={Path(path).stem}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -48,9 +48,23 @@ from quant.quantize import quantize
 T = TypeVar("T")
 
 
+def shared(config: Config, ranks: int) -> tuple[int, int, int]:
+    """(shards, replicas, micro-batches of each rank). Raises ValueError where the ranks cannot share the work."""
+    replicas, micro = config.parallel.replicas, config.train.micro_batches
+    if ranks < 1 or ranks % replicas:
+        raise ValueError(f"NGPU = {ranks}: expected a multiple of parallel.replicas = {replicas}")
+    if micro % ranks:
+        able = [n for n in range(replicas, micro + 1, replicas) if micro % n == 0]
+        near = sorted(able, key=lambda n: abs(n - ranks))[:4]
+        end = "; no more ranks than micro-batches (docs/scale.md)" * (ranks > micro)
+        raise ValueError(
+            f"NGPU = {ranks}: train.micro_batches = {micro} of a step must be shared out evenly; near are {sorted(near)}{end}"
+        )
+    return ranks // replicas, replicas, micro // ranks
+
+
 class World:
-    """The ranks of a run, as torchrun starts them; one alone without it, or if it is to be. Raises ValueError if replicas do
-    not divide them."""
+    """The ranks of a run, as torchrun starts them; one alone without it, or if it is to be. `shared` says whether they can."""
 
     def __init__(self, replicas: int = 1, alone: bool = False):
         self.sharded = "RANK" in os.environ and not alone  # under torchrun also one rank shards: one code for 1, 2 and 4
@@ -58,8 +72,6 @@ class World:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         self.replicas = replicas
-        if self.size % replicas:
-            raise ValueError(f"parallel.replicas = {replicas} does not divide the {self.size} ranks")
         if cuda:
             torch.cuda.set_device(self.device)
         elif self.sharded:
@@ -77,11 +89,9 @@ class World:
     def first(self) -> bool:
         return self.rank == 0
 
-    def share(self, micro_batches: int) -> range:
+    def share(self, config: Config) -> range:
         """Which micro-batches of a step are this rank's. Raises ValueError if they cannot be shared out equally."""
-        if micro_batches % self.size:
-            raise ValueError(f"train.micro_batches = {micro_batches} must be a multiple of the {self.size} ranks")
-        each = micro_batches // self.size
+        each = shared(config, self.size)[2] if self.sharded else config.train.micro_batches
         return range(self.rank * each, (self.rank + 1) * each)
 
     def all(self, x: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ from typing import NamedTuple
 
 from configs import Config, load, near
 from model import flops_per_token
+from parallel import shared
 from planning.failures import interrupted, simulated
 from planning.gpus import EFFICIENCY, GIB, GPU, GPUS
-from planning.memory import ASIDE, FRAGMENTS, KINDS, Moment, changed, fits, groups, moment_bytes, peak, shared, timeline
+from planning.memory import ASIDE, FRAGMENTS, KINDS, Moment, changed, fits, groups, moment_bytes, peak, timeline
 from planning.probe import LEVELS, Known, Model, element_on, pairs, sizes_of
 from planning.published import ROWS, UNCHECKED, check
 from planning.roofline import FORMATS, Estimate, estimate, flops, kernels, phases, quantiser_name

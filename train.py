@@ -33,7 +33,7 @@ import plot
 from configs import Config, dump, load
 from data import Corpus, prepare, usage_lines
 from model import GPT, flops_per_token, measure
-from parallel import LOST, Shards, Whole, World, clip, lost
+from parallel import LOST, Shards, Whole, World, clip, lost, shared
 from quant import WeightStore, assign, assign_sites, attach, decisions, fuse, kernel
 from quant.context import Context
 from quant.gemm import BACKENDS, backend_of, pick_mode
@@ -125,7 +125,7 @@ class Trainer:
         announce(config, self.device)
         backend = backend_of(t.gemm, self.device)
         self.how = f"emulate {self.mode}" if backend == "emulate" else backend
-        self.share = world.share(t.micro_batches)
+        self.share = world.share(config)
         with torch.device("meta") if world.sharded else nullcontext():
             model = GPT(config.model, self.dtype, t.recompute)
         self.shards = Shards(model, world, config) if world.sharded else Whole(model.to(self.device))
@@ -414,6 +414,7 @@ def main(argv: list[str]) -> int:
         open_corpus(config)
         return 0
     keep_freed_memory()
+    shared(config, int(os.environ.get("WORLD_SIZE", 1)))
     world = World(config.parallel.replicas)
     with closing(Run(config, argv, world)) as run:
         start(config, run, world)

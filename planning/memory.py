@@ -26,6 +26,7 @@ from typing import NamedTuple
 from torch import nn
 
 from configs import Config
+from parallel import shared
 from planning.gpus import GPU
 from planning.probe import DTYPES, Model, coded, gathered_in_bf16
 from quant.linear import Linear
@@ -59,21 +60,6 @@ class Group(NamedTuple):
     count: int  # parameters
     gathered: float  # as they are gathered
     made: float  # their gradients, as backward makes them
-
-
-def shared(config: Config, ranks: int) -> tuple[int, int, int]:
-    """(shards, replicas, micro-batches of each rank). Raises ValueError where the ranks cannot share the work."""
-    replicas, micro = config.parallel.replicas, config.train.micro_batches
-    if ranks < 1 or ranks % replicas:
-        raise ValueError(f"NGPU = {ranks}: expected a multiple of parallel.replicas = {replicas}")
-    if micro % ranks:
-        able = [n for n in range(replicas, micro + 1, replicas) if micro % n == 0]
-        near = sorted(able, key=lambda n: abs(n - ranks))[:4]
-        end = "; no more ranks than micro-batches (docs/scale.md)" * (ranks > micro)
-        raise ValueError(
-            f"NGPU = {ranks}: train.micro_batches = {micro} of a step must be shared out evenly; near are {sorted(near)}{end}"
-        )
-    return ranks // replicas, replicas, micro // ranks
 
 
 def group(config: Config, parts: list[nn.Module]) -> Group:

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs import Config
+from parallel import shared
 from planning.gpus import EFFICIENCY, FAR_HOP, GPU, HOP, HOST, PCIE, START
-from planning.memory import Group, groups, moment_bytes, shared
+from planning.memory import Group, groups, moment_bytes
 from planning.probe import Model, backend_on, coded, element_on, pairs, sizes_of
 from quant.choice import Spec
 from quant.linear import GEMMS, Linear

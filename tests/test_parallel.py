@@ -14,7 +14,7 @@ import torch
 import checkpoint
 import train
 from configs import load
-from parallel import World
+from parallel import World, shared
 from quant import QuantSpec, Scale, quantize
 from quant.gathered import Copied, Gathered
 from studies import drill
@@ -223,7 +223,9 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(run, tmp_path):
 def test_a_mistake_is_one_sentence(tmp_path):
     done = launched(2, tmp_path, "train.micro_batches=3", check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "train.micro_batches = 3 must be a multiple of the 2 ranks" in done.stderr
+    assert done.stderr.strip() == (
+        "launch.py: NGPU = 2: train.micro_batches = 3 of a step must be shared out evenly; near are [1, 3]"
+    )
 
 
 # --- parts ---
@@ -231,10 +233,11 @@ def test_a_mistake_is_one_sentence(tmp_path):
 
 def test_a_world_alone():
     world, x = World(alone=True), torch.tensor([1.0, float("nan")])
-    assert world.first and world.share(6) == range(6)
+    config = load(ROOT / "configs/tiny-bf16.toml", ["train.micro_batches=6"])
+    assert world.first and world.share(config) == range(6)
     assert torch.equal(world.sum(x[:1]), x[:1]) and world.max(x).isnan().tolist() == [False, True]
-    with pytest.raises(ValueError, match=r"parallel.replicas = 2 does not divide the 1 ranks"):
-        World(2, alone=True)
+    with pytest.raises(ValueError, match=r"NGPU = 1: expected a multiple of parallel.replicas = 2"):
+        shared(load(config.source, ["parallel.replicas=2"]), 1)
 
 
 def test_a_gathered_weight_takes_gradients_and_gives_no_numbers():
