@@ -40,7 +40,7 @@ from quant.gemm import BACKENDS, backend_of, pick_mode
 from quant.linear import GEMMS, linears
 from quant.metrics import STATS
 from quant.moments import AdamW
-from quant.policy import switches, table, unquantized
+from quant.policy import first_step, switches, table, unquantized
 from run import Run
 from saving import Saver
 
@@ -255,7 +255,7 @@ class Trainer:
     def train(self) -> dict[str, float]:
         """Steps run.start ... steps - 1. Returns the last metrics. Raises Stop when the run ends early."""
         t, every = self.config.train, self.config.run.checkpoint_every
-        change = {self.run.start, *(math.ceil(share * t.steps) for share in switches(self.config.policy))}
+        change = {self.run.start, *(first_step(share, t.steps) for share in switches(self.config.policy))}
         self.peak, self.began = matmul_peak(self.device, self.dtype), time.perf_counter()
         self.tick, self.timed_steps, self.timed = self.began, 0, 0.0
         first_traced, end_traced = map(int, (t.profile or "0:0").split(":"))

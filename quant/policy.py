@@ -9,6 +9,7 @@
 never match: in both cases somebody believes in a precision that does not run.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -76,6 +77,12 @@ def assign(
 def switches(rules: list[Rule] | tuple[Rule, ...]) -> list[float]:
     """The shares of the run at which some rule begins or ends."""
     return sorted({share for rule in rules for share in (rule.after, rule.until) if 0 < share < 1})
+
+
+def first_step(share: float, steps: int) -> int:
+    """The first step of a run of `steps` at which step / steps >= share, as `assign` compares: 7 for 0.07 of 100, where
+    share * steps is 7.000000000000001."""
+    return bisect_left(range(steps), share, key=lambda step: step / steps)
 
 
 def table(chosen: dict[str, str], recipes: dict[str, Recipe]) -> str:

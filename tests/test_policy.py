@@ -4,14 +4,19 @@ The models are stacks of Linears named as in model.py ("blocks.N.ffn.up", "head"
 here, only which one a Linear gets.
 """
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
 from quant import Linear, QuantSpec, Recipe, Rule, assign
 from quant.linear import linears
-from quant.policy import switches, table, unquantized
+from quant.policy import first_step, switches, table, unquantized
 from quant.recipe import Fprop
 
 RECIPES = {"a": Recipe(fprop=Fprop(x=QuantSpec())), "b": Recipe(fprop=Fprop(w=QuantSpec(block=(16, 16))))}
@@ -167,6 +172,14 @@ def test_switches_are_the_shares_where_something_changes():
     assert switches(rules) == [0.25, 0.5, 0.82]
     assert switches([REST, Rule(after=1.0, recipe="a")]) == []
     assert switches([]) == []
+
+
+@given(st.integers(1, 10**6), st.integers(0, 10**4))
+def test_a_rule_begins_with_the_step_at_which_assign_sees_it(steps, digits):
+    """Of a share as people write it, four digits: the exact product, rounded up. 0.07 * 100 is above 7 in floats."""
+    exact = math.ceil(Fraction(digits, 10**4) * steps)
+    assert first_step(digits / 10**4, steps) == exact
+    assert first_step(0.07, 100) == 7 < math.ceil(0.07 * 100)
 
 
 # --- what is wrong ---
