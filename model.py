@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from mamba import Mamba2, MambaConfig, State
 from quant import Linear, Site
@@ -204,7 +204,14 @@ aten = torch.ops.aten
 KEPT = [aten.mm.default, aten.bmm.default, aten._scaled_mm.default, aten._scaled_mm_v2.default]
 KEPT += [getattr(aten, f"_scaled_dot_product_{name}").default for name in (
     "flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")]  # fmt: skip
-RECOMPUTE = {"selective": partial(create_selective_checkpoint_contexts, KEPT), "full": noop_context_fn}
+
+
+def _keep(context, op, *args, **kwargs) -> CheckpointPolicy:
+    kept = op in KEPT or str(op) == "narrow.matmul.default"  # (registered where there is Triton)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+RECOMPUTE = {"selective": partial(create_selective_checkpoint_contexts, _keep), "full": noop_context_fn}
 
 
 class GPT(nn.Module):

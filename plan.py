@@ -267,7 +267,7 @@ def assumptions(found: Plan) -> Iterator[str]:
         yield "  quantisers by bytes alone, since docs/kernels.md counts no kernel of theirs for this GPU:"
         yield from (f"    {name[:120]}" for name in missing)
     if counted := wide(found):
-        yield f"  {counted} GEMMs of quantised operands have no tensor cores here: decoded or emulated, at the peak of BF16"
+        yield f"  {counted} GEMMs of quantised operands have no tensor cores here: emulated, at the peak of BF16"
 
 
 def beside(found: Plan, known: Known) -> Iterator[str]:

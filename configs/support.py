@@ -8,7 +8,7 @@ import torch
 from configs import load
 from quant import QuantSpec, Scale, kernel
 from quant.choice import Spec
-from quant.native import SCALES, kind, supports
+from quant.native import pick
 
 BEGIN, END = "<!-- make table: formats -->", "<!-- end of the formats -->"
 GPUS = {"sm_80": 80, "sm_89": 89, "sm_90": 90, "sm_100, 103": 100, "sm_120": 120}
@@ -47,16 +47,9 @@ def quantised(spec: Spec, capability: int) -> str:
 
 
 def multiplied(a: Spec, b: Spec, capability: int) -> str:
-    """ "scaled_mm" and "native": the codes, by instructions that take them; "decoded": in BF16, in the kernel; "emulated"."""
-    from kernels.matmul import way
-
-    device = torch.device("cuda")
-    if not supports("scaled_mm", a, b, SIZES, device, capability=capability):
-        return "scaled_mm"
-    if supports("triton", a, b, SIZES, device, capability=capability):
-        return "emulated"
-    x, w = kind(a), kind(b)
-    return "decoded" if way((x.element, w.element), *SCALES[x.scale], capability) == "decoded" else "native"
+    """ "scaled_mm" and "triton": the codes, by instructions that take them; else "emulated", in BF16."""
+    found, _ = pick(a, b, SIZES, torch.device("cuda"), capability=capability)
+    return "emulated" if found == "emulate" else found
 
 
 def table() -> str:

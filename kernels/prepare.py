@@ -9,6 +9,8 @@
 An amax that is not finite makes all of it NaN (arXiv:2509.25149 section 2, in TransformerEngine's order; quant/scaling.py).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -59,10 +61,15 @@ def prepare_kernel(amax_ptr, held_ptr, table_ptr, factor_ptr, outer_ptr, top, in
         tl.store(table_ptr + code, tl.where(factor == factor, tl.minimum(factor, FLT_MAX), float("nan")))
 
 
+@functools.cache
+def fp32(x: float) -> float:
+    return float(torch.tensor(x))
+
+
 def prepare(amax: Tensor, scale: Scale, outer_target: float, held: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """amax fp32 [1] -> the table fp32 [256], the factor fp32 [1], the outer scale fp32 [1]."""
     table, factor, outer = (torch.empty(n, device=amax.device) for n in (256, 1, 1))
-    top, inverse = float(torch.tensor(scale.target * outer_target)), float(torch.tensor(1.0 / scale.target))
+    top, inverse = fp32(scale.target * outer_target), fp32(1.0 / scale.target)
     prepare_kernel[(1,)](
         amax, amax if held is None else held, table, factor, outer, top, inverse, scale, held is not None,
         num_warps=1, enable_fp_fusion=False,

@@ -22,6 +22,7 @@ scale b lies at (r % 32) 16 + (r / 32) 4 + b.
 Left out: integers, codebooks, outer scales of rows or of parts of a row.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -517,6 +518,7 @@ def quick(side: Side, t: Target) -> bool:
     return t.fp8 and side.rounding == "nearest" and side.element.name in ("e4m3", "e5m2")
 
 
+@functools.lru_cache
 def tile(M: int, K: int, rows: Side | None, cols: Side | None, t: Target) -> Tile:
     """The one with the fewest instructions of those that spill no register (docs/kernels.md), or what the interpreter likes."""
     sides = [side for side in (rows, cols) if side]

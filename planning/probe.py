@@ -37,7 +37,7 @@ from quant import QuantSpec, assign, assign_sites, attach, quantize
 from quant.choice import Spec
 from quant.context import Context
 from quant.linear import GEMMS, Linear, linears
-from quant.native import SCALES, kind, supports
+from quant.native import kind, pick
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 META = torch.device("meta")
@@ -128,22 +128,15 @@ def backend_on(gpu: GPU | None, gemm: str, a: Spec | None, b: Spec | None, sizes
     if not gpu or not gpu.capability or a is None or b is None:
         return "emulate"
     out = torch.float32 if gemm == "wgrad" or a.center else torch.bfloat16
-    able = (n for n in ("scaled_mm", "triton") if not supports(n, a, b, sizes, torch.device("cuda"), out, gpu.capability))
-    return next(able, "emulate")
+    return pick(a, b, sizes, torch.device("cuda"), out, gpu.capability)[0]
 
 
 def element_on(gpu: GPU, gemm: str, a: Spec | None, b: Spec | None, sizes: tuple[int, int, int]) -> str:
-    """ "fp4", "fp8" or "bf16": at whose peak this product runs, given the backend; decoded operands are BF16."""
+    """ "fp4", "fp8" or "bf16": at whose peak this product runs, given the backend; emulated ones are BF16."""
     backend = backend_on(gpu, gemm, a, b, sizes)
     if backend == "emulate":
         return "bf16"
-    kinds = kind(a), kind(b)
-    if backend == "triton":
-        from kernels.matmul import way  # (needs Triton)
-
-        if way((kinds[0].element, kinds[1].element), *SCALES[kinds[0].scale], gpu.capability) == "decoded":
-            return "bf16"
-    return "fp4" if kinds[0].element == kinds[1].element == "e2m1" else "fp8"
+    return "fp4" if kind(a).element == kind(b).element == "e2m1" else "fp8"
 
 
 def sizes_of(module: Linear, tokens: int) -> dict[str, tuple[int, int, int]]:

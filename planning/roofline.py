@@ -1,6 +1,6 @@
 """estimate(model, gpu, ranks): seconds of a step, as the sum of what cannot overlap, and bytes over links.
 
-    products      2 M N K / (peak of the wider operand's format x share)        decoded and emulated ones at the peak of BF16
+    products      2 M N K / (peak of the wider operand's format x share)        emulated ones at the peak of BF16
     attention     FLOPs of flash attention / (peak of BF16 x share)             2 products forward, 5 backward, causal halves
     quantisers    the larger of bytes / (bandwidth x share) and instructions / lanes, by the table in docs/kernels.md: what
                   `make kernels-check` counts of the kernel for this architecture; of a spec that has no row, by bytes alone

@@ -4,7 +4,7 @@
                 leave the sum as alpha, so one ordinary matrix product is all there is
     scaled_mm   torch.nn.functional.scaled_mm   \\   of the packed operands; native.py has what they can
     triton      kernels/matmul.py               /
-    auto        for each GEMM the first of scaled_mm and triton that can, on CUDA; else emulate
+    auto        on CUDA, for each GEMM the first of scaled_mm and triton that can on tensor cores of these codes; else emulate
 
 What is emulated has a mode, which also says how hardware may add (accumulate.py):
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from quant import kernel
+from quant import kernel, native
 from quant.accumulate import MODELS, accumulate
 from quant.fuse import run
 from quant.native import Sizes, Spec, multiply, supports
@@ -92,9 +92,8 @@ def pick(
     if device.type == "cpu":
         found, reasons = "emulate", ["auto takes GEMMs of hardware on CUDA"]
     else:
-        reasons = {each: supports(each, a, b, sizes, device, dtype) for each in ("scaled_mm", "triton")}
-        found = next((each for each, why in reasons.items() if not why), "emulate")
-        reasons = [f"not {each}, {why}" for each, why in reasons.items() if why and found != "scaled_mm"]
+        found, why = native.pick(a, b, sizes, device, dtype)
+        reasons = [f"not {each}, {reason}" for each, reason in why.items()]
     _once(say, f"GEMM {name}, {pair}: " + "; ".join([found, *reasons]))
     return found
 

@@ -10,6 +10,7 @@ which do not, import them when there is something to launch.
 
 import json
 import struct
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -19,11 +20,12 @@ from kernels import capability, target_at
 from kernels.amax import Look, amax
 from kernels.dequantise import Candidate, Layout, dequantise
 from kernels.errors import errors
-from kernels.matmul import matmul, native, obstacle
+from kernels.matmul import matmul, native, obstacle, way
 from kernels.numerics import Float
 from kernels.prepare import prepare
 from kernels.quantize import Given, Scale, Side, quantize
 from quant.formats import FORMATS
+from quant.fuse import compiling
 from quant.qtensor import SPECS, tiled
 from quant.random import constants
 from quant.rounding import random_bits
@@ -62,9 +64,18 @@ def side_of(spec: QuantSpec) -> Side:
     return Side(float_of(spec.format), block, square, made, rounding, random_bits(spec.rounding), spec.hadamard)
 
 
+@lru_cache
+def _known_bits(size: int, kind: str) -> int:
+    """`_sign_bits` of signs that are the same in every step, as one int32."""
+    bits = sum(1 << i for i, s in enumerate(signs(size, kind, None, "cpu").tolist()) if s < 0)
+    return bits - (bits >> 31 << 32)
+
+
 def _sign_bits(spec: QuantSpec, words: Tensor | None, device) -> Tensor:
     """int32 [1], bit i set where sign i is -1."""
-    s = signs(spec.hadamard or 1, spec.signs, words, device) < 0
+    if not spec.hadamard or spec.signs != "fresh":
+        return constants((_known_bits(spec.hadamard or 1, spec.signs if spec.hadamard else "none"),), torch.int32, device)
+    s = signs(spec.hadamard, spec.signs, words, device) < 0
     powers = constants(tuple(1 << i if i < 31 else -(1 << 31) for i in range(s.numel())), torch.int32, s.device)
     return torch.where(s, powers, 0).sum(dtype=torch.int32).reshape(1)
 
@@ -108,7 +119,29 @@ def _spec(text: str) -> QuantSpec | None:
     return SPECS.validate_python(json.loads(text)) if text else None
 
 
-@torch.library.custom_op("narrow::quantize", mutates_args=())
+def operator(name: str) -> Callable:
+    """Registers a function as an operator."""
+
+    def register(function: Callable):
+        made = torch.library.custom_op(f"narrow::{name}", mutates_args=())(function)
+        _functions[made] = function
+        return made
+
+    return register
+
+
+_functions: dict[Callable, Callable] = {}
+
+
+def run(made: Callable, *given):
+    """The operator where something is traced, else its function: dispatching costs the host a quarter of a launch."""
+    if compiling():
+        return made(*given)
+    with torch.no_grad():
+        return _functions[made](*given)
+
+
+@operator("quantize")
 def quantize_op(
     x: Tensor, rows: str, cols: str, row_keys: list[Tensor], col_keys: list[Tensor], rs: bool = False
 ) -> list[Tensor]:
@@ -182,7 +215,7 @@ def _shape(codes: Tensor, spec: QuantSpec):
     return codes.shape[0], codes.shape[1] * (2 if spec.element.bits <= 4 else 1)
 
 
-@torch.library.custom_op("narrow::dequantise", mutates_args=())
+@operator("dequantise")
 def dequantise_op(
     x: Tensor, index: Tensor, codes: list[Tensor], scales: list[Tensor], factors: list[Tensor],
     specs: str, unit: list[int], dense: bool, bf16: bool,
@@ -201,7 +234,7 @@ def _(x, index, codes, scales, factors, specs, unit, dense, bf16):
     return codes[0].new_empty(shape, dtype=torch.bfloat16 if bf16 else torch.float32)
 
 
-@torch.library.custom_op("narrow::errors", mutates_args=())
+@operator("errors")
 def errors_op(
     x: Tensor, codes: list[Tensor], scales: list[Tensor], factors: list[Tensor], spec: str, by: str, unit: list[int]
 ) -> Tensor:
@@ -222,7 +255,12 @@ def matmul_obstacle(formats: tuple[str, str], scale: str, group: int, M: int, N:
     return obstacle(formats, scale, group, M, N, K, has)
 
 
-@torch.library.custom_op("narrow::matmul", mutates_args=())
+def decodes(formats: tuple[str, str], scale: str, group: int, on: int | None) -> bool:
+    """Whether narrow::matmul multiplies what it has decoded; by default on the GPU that there is."""
+    return way(formats, scale, group, capability() if on is None else on) == "decoded"
+
+
+@torch.library.custom_op("narrow::matmul", mutates_args=())  # always as one: "selective" keeps its result (model.py)
 def matmul_op(
     a: list[Tensor], b: list[Tensor], a_format: str, b_format: str, scale: str, group: int, K: int, dtype: torch.dtype
 ) -> Tensor:

@@ -15,6 +15,14 @@ from quant.choice import Choice
 from quant.qtensor import SPECS, QTensor
 
 
+def _taken(m: Tensor | None, index: Tensor, i: int) -> Tensor | None:
+    """Of m [R, K] the units with that index, one under the other. (uint16 as int16: CUDA indexes no uint16.)"""
+    if m is None:
+        return None
+    seen = m.view(torch.int16) if m.dtype == torch.uint16 else m
+    return _units(seen, index.shape)[index == i].flatten(0, 1).view(m.dtype)
+
+
 def _units(m: Tensor, grid: tuple[int, int]) -> Tensor:
     """[R, K] -> a view [R / r, K / k, r, k] of so many units."""
     return m.unflatten(1, (grid[1], -1)).unflatten(0, (grid[0], -1)).transpose(1, 2)
@@ -32,9 +40,7 @@ class Mixed:
         """index int64 [R / r, K / k]; `whole`: the operand [R, K], all of it, by every candidate that occurs."""
         parts = {}
         for i, q in whole.items():
-            codes, scale = (
-                None if t is None else _units(t, index.shape)[index == i].flatten(0, 1) for t in (q.packed_codes, q.scale_codes)
-            )
+            codes, scale = (_taken(t, index, i) for t in (q.packed_codes, q.scale_codes))
             parts[i] = QTensor(codes, scale, q.outer_codes, q.spec, (len(codes), spec.unit[1]))
         return cls(index.to(torch.uint8), parts, spec, shape)
 

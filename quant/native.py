@@ -88,6 +88,34 @@ def supports(
     return {"scaled_mm": _scaled_mm_obstacle, "triton": _triton_obstacle}[backend](first, second, sizes, device, capability)
 
 
+def pick(
+    a: Spec | None,
+    b: Spec | None,
+    sizes: Sizes,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    capability: int | None = None,
+) -> tuple[str, dict[str, str]]:
+    """What train.gemm = "auto" takes on a GPU -> "scaled_mm", "triton" or "emulate", and why none of those before it."""
+    reasons = {}
+    for backend in ("scaled_mm", "triton"):
+        why = supports(backend, a, b, sizes, device, dtype, capability)
+        if backend == "triton" and not why and decodes(a, b, capability):
+            why = "no tensor core takes these codes, and the kernel decodes each of them once for every tile of the product"
+        if not why:
+            return backend, reasons
+        reasons[backend] = why
+    return "emulate", reasons
+
+
+def decodes(a: Spec, b: Spec, capability: int | None = None) -> bool:
+    """Whether `triton` makes BF16 of the codes in its inner loop."""
+    from quant.launch import decodes  # (needs Triton)
+
+    x, w = kind(a), kind(b)
+    return decodes((x.element, w.element), *SCALES[x.scale], capability)
+
+
 def multiply(backend: str, a: QTensor, b: QTensor, dtype: torch.dtype) -> Tensor:
     """a [M, K], b [N, K], of specs that `supports` supports -> [M, N] in `dtype`."""
     return {"scaled_mm": _scaled_mm, "triton": _triton}[backend](a, b, dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import capability as current
-from kernels.matmul import matmul, native
+from kernels.matmul import matmul, native, way
 from quant import QuantSpec
 from quant.encode import encode
 from quant.qtensor import tiled
@@ -38,10 +38,30 @@ def product(
         y = matmul(*given, factors, formats, scale, group, K, capability, dtype).cpu().double()
     x, w = (q.dequantize().double() for q in operands)
     exact = x @ w.t()
+    truncating = capability in (89, 90) and way(formats, scale, group, capability) == "plain"
+    return y, exact, bound_of(x, w, dtype, truncating)
+
+
+def bound_of(x: Tensor, w: Tensor, dtype: torch.dtype, truncating: bool = False, step: int = 128) -> Tensor:
+    """x [M, K] w [N, K]^T of fp64 -> how far the product may be from it. truncating: sums of FP8 on sm_89 and sm_90, which are
+    added to fp32 ones after each `step` along K."""
+    exact = x @ w.t()
     # Sums of K terms in fp32, in any order, toward zero at worst, then a product with that of the factors, and a rounding to
     # the dtype. (dequantize rounds code * factor to fp32, half an ulp of each of two operands.)
     ulp, last = 2.0**-23, torch.finfo(dtype).eps / 2
-    return y, exact, (x.abs() @ w.abs().t()) * (K + 1) * ulp * 1.01 + exact.abs() * (2 * ulp + last) * 1.01
+    bound = (x.abs() @ w.abs().t()) * (x.shape[1] + 1) * ulp * 1.01 + exact.abs() * (2 * ulp + last) * 1.01
+    if not truncating:
+        return bound
+    # An instruction adds 32 products to its sum, each cut off 13 bits below the largest of them, and so is what comes out
+    # (arXiv:2412.19437 section 3.5.2 of sm_90, arXiv:2411.10958 of sm_89 too): 34 times 2^-13 of the largest.
+    for start in range(0, x.shape[1], step):
+        total = torch.zeros_like(exact)
+        for k in range(start, min(start + step, x.shape[1]), 32):
+            a, b = x[:, k : k + 32], w[:, k : k + 32]
+            before, total = total, total + a @ b.t()
+            largest = torch.outer(a.abs().amax(1), b.abs().amax(1)).maximum(before.abs()).maximum(total.abs())
+            bound += 34 * 2.0**-13 * 1.01 * largest
+    return bound
 
 
 def _to(device: str):

@@ -8,19 +8,27 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same_bits
 
 import bench
+from configs import load
 from kernels import capability as current
-from quant import QuantSpec, kernel, quantize
+from quant import Context, Linear, QuantSpec, Scale, fuse, kernel, quantize
 from quant.encode import decode, encode
 from quant.gemm import Operand, gemm
+from quant.native import supports
 from quant.random import Key
+from studies.recipes import NAMES, ROOT
 from testing import settle
 from testing.operands import difference, numbers
+from testing.products import bound_of
 from tests.test_kernels import INTERPRETED, on
-from tests.test_matmul import MX4, MX8, MX8G, NV, product
+from tests.test_matmul import MX4, MX8, MX8G, NV, ROWS, TENSOR, on_device, product
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="of a GPU, or the emulator in its place")
+
+
+TENSOR4 = QuantSpec("e4m3", (-1, -1), Scale("fp32"))
 
 
 def engines(emulated: int):
@@ -97,6 +105,22 @@ def test_products_against_emulated_ones(engine, specs):
     assert ((y - emulated).abs() <= 2 * bound).all(), float(((y - emulated).abs() / bound).max())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="of a GPU")
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "specs", [(TENSOR, TENSOR4), (TENSOR4, TENSOR4), (ROWS, ROWS), (MX8, MX8), (NV, NV)], ids=lambda s: s[0].short()
+)
+def test_scaled_mm(specs):
+    """torch's, by the sums of FP8 that this GPU makes, whatever it does to keep more bits of them."""
+    M, N, K = 256, 192, 1024
+    x, w = (encode(numbers("normal", rows, K), spec) for rows, spec in zip((M, N), specs, strict=True))
+    if why := supports("scaled_mm", *specs, (M, N, K), torch.device("cuda")):
+        pytest.skip(why)
+    y = gemm(*(Operand(packed=on_device(q)) for q in (x, w)), torch.bfloat16, "bf16", "scaled_mm").cpu().double()
+    x, w = (q.dequantize().double() for q in (x, w))
+    assert ((y - x @ w.t()).abs() <= bound_of(x, w, torch.bfloat16, current() in (89, 90), step=K)).all()
+
+
 # --- races ---
 
 
@@ -113,9 +137,52 @@ def test_every_launch_makes_the_same_bytes(engine):
             assert not difference(a, b)
 
 
+# --- recipes ---
+
+
+def multiplied(name: str, device: str, backend: str) -> dict[str, torch.Tensor]:
+    """What the GEMMs of a Linear multiply under each recipe of a config, fp32. No product is in it, and of sums only those that
+    a recipe quantises by: means of tokens, and errors that decide."""
+    config, found = load(ROOT / f"configs/{name}.toml"), {}
+    T, I, O = 256, 128, 384
+    for recipe, operands in config.recipes.items():
+        module = Linear(I, O)
+        module.weight.data.copy_(numbers("normal", O, I, torch.float32))
+        module.to(device)
+        module.context = Context(3, "fp32", torch.device(device), backend)
+        module.context.at(2, 5)
+        module.recipe = operands
+
+        def tap(_, gemm_name, a, b, y, recipe=recipe):
+            found.update({f"{recipe} {gemm_name} {i}": operand.dense().float().cpu() for i, operand in enumerate((a, b))})
+
+        module.context.tap = tap
+        x = numbers("normal", T, I).to(device).requires_grad_()
+        module(x).backward(numbers("normal", T, O).to(device))
+    return found
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="of a GPU against the CPU beside it")
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["eager", "fused", "auto"])
+@pytest.mark.parametrize("name", [name for name in NAMES if load(ROOT / f"configs/{name}.toml").recipes])
+def test_every_recipe_multiplies_the_numbers_of_the_cpu(name, how):
+    """By kernels, and where there are none eagerly or as torch.compile fuses it; `auto`: as packed codes that are decoded."""
+    fuse(False)
+    wanted = multiplied(name, "cpu", "emulate")
+    said = fuse(how != "eager")
+    assert how == "eager" or "fused" in said, said
+    found = multiplied(name, "cuda", "auto" if how == "auto" else "emulate")
+    fuse(False)
+    assert found.keys() == wanted.keys() and len(found) >= 2
+    for place in wanted:
+        assert_same_bits(found[place], wanted[place], place)
+
+
 # --- bench.py gpu ---
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="make bench-gpu runs it there")
 def test_the_bench_of_a_gpu_runs(monkeypatch, capsys):
     """Emulated on sm_120, whose products the emulator knows, at a size that says nothing about time."""
     from testing.device import emulated
@@ -130,9 +197,8 @@ def test_the_bench_of_a_gpu_runs(monkeypatch, capsys):
     assert {launch.name for launch in launches} >= {"quantize_kernel", "matmul_kernel"}
     rows = [re.match(r"  (tiny \w+, .*?)  +([\d.]+) ms +([\d.]+) x", line) for line in table.lines]
     found = {row[1]: float(row[2]) for row in rows if row}
-    assert list(found) == [
-        f"tiny {name}, {what}" for name in ("qkv", "out", "up", "down") for what in ("bf16", "triton", "quantise", "copy")
-    ]
+    rows = "bf16", "triton", "emulate", "quantise", "copy"
+    assert list(found) == [f"tiny {name}, {what}" for name in ("qkv", "out", "up", "down") for what in rows]
     assert all(math.isfinite(t) for t in found.values()) and max(found.values()) > 0
     assert any("GB/s" in line for line in table.lines)
 

@@ -42,6 +42,7 @@ PAIRS = {
     "e2m1 rows": (FOUR, ROWS),
 }
 SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in (89, 120)]
+FEWER_BITS = CUDA and current() in (89, 90)  # of a sum of FP8, see testing/products.py
 MACHINES = [80, *SLOW] if isinstance(ENGINES[0], int) else ENGINES
 
 
@@ -209,7 +210,11 @@ def test_a_gemm_of_packed_operands(specs, engine, there):
     with on(engine):
         assert supports("triton", *specs, (M, N, K), packed[0].packed_codes.device) == ""
         y = gemm(*(Operand(packed=q) for q in packed), torch.float32, "fp32", "triton").cpu()
-    assert_product(y, *(q.dequantize().cpu().double() for q in packed), 0)
+    x, w = (q.dequantize().cpu().double() for q in packed)
+    if FEWER_BITS and specs == (TENSOR, ROWS):
+        assert ((y.double() - x @ w.t()).abs() <= products.bound_of(x, w, torch.float32, True)).all()
+    else:
+        assert_product(y, x, w, 0)
 
 
 @pytest.mark.parametrize("engine", MACHINES[:1])
@@ -233,7 +238,11 @@ def test_a_linear_by_the_kernel(name, engine, there):
     for gemm_, (a, b, y) in seen["triton"].items():
         for ours, wanted in zip((a, b), seen["emulate"][gemm_], strict=False):
             assert torch.equal(ours, wanted), f"{gemm_}: operands"
-        assert_product(y.cpu(), a.cpu().double(), b.cpu().double(), int(y.dtype == torch.bfloat16), gemm_)
+        a, b = a.cpu().double(), b.cpu().double()
+        if FEWER_BITS and name == "fp8-tensorwise":
+            assert ((y.cpu().double() - a @ b.t()).abs() <= products.bound_of(a, b, y.dtype, True)).all(), gemm_
+        else:
+            assert_product(y.cpu(), a, b, int(y.dtype == torch.bfloat16), gemm_)
 
 
 def test_the_operator_of_products(there):

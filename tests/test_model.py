@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import load
 from mamba import MambaConfig
-from model import GPT, Attention, FeedForward, ModelConfig, RMSNorm, flops_per_token, parameter_count, rope_table
+from model import GPT, Attention, FeedForward, ModelConfig, RMSNorm, _keep, flops_per_token, parameter_count, rope_table
 from model import rotate as turn
 from quant import Context, QuantSpec, Recipe, assign, attach
 from quant.linear import linears
@@ -411,6 +412,14 @@ def test_selective_recomputation_multiplies_once():
         counts = counter.get_flop_counts()["Global"]
         found[level] = {op: n for op, n in counts.items() if "mm" in str(op)}
     assert found["selective"] == found["none"] and sum(found["full"].values()) > sum(found["none"].values())
+
+
+def test_selective_recomputation_keeps_what_kernels_multiply():
+    pytest.importorskip("triton")
+    import quant.launch  # noqa: F401
+
+    kept, again = (_keep(None, op) for op in (torch.ops.narrow.matmul.default, torch.ops.aten.add.Tensor))
+    assert kept == CheckpointPolicy.MUST_SAVE and again == CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def test_noise_depends_on_the_micro_batch_and_only_where_it_is_used():
