@@ -6,7 +6,7 @@
     prepare.py     what a tensor's amax makes of its scales
     dequantise.py  codes and scales to values, of one candidate or of whichever each block has
     errors.py      how far the values of a candidate are from what was quantised, block by block
-    matmul.py      the product of two quantised matrices; no GEMM of a Linear takes it yet
+    matmul.py      the product of two quantised matrices
 
 Each kernel has one source. Where a GPU has an instruction that gives the same bits as the exact arithmetic, `target_at` says
 so and the kernel uses it; everything is compiled without fusing multiply and add, and divides with div_rn, so that the

@@ -109,6 +109,25 @@ ROWS = [
     _h200(32, 10938, 47.96),
     _h200(64, 10753, 46.97),
 ]
+
+
+class Own(NamedTuple):
+    """What `python -m studies.steps` has measured of this trainer: two micro-batches of a sequence on one GPU."""
+
+    config: str
+    gpu: str
+    tokens_per_s: float
+    live: float  # GiB
+    reserved: float
+
+    def load(self) -> Config:
+        return load(ROOT / f"configs/{self.config}.toml", ["train.micro_batches=2"])
+
+
+OWN = [  # torch 2.11.0, CUDA 13.0, Triton 3.8.0, driver 580.159
+    Own("bf16-1.2b", "h200", 36_660, 32.537, 36.492),
+    Own("nvfp4-1.2b", "h200", 23_460, 33.662, 37.713),
+]
 UNCHECKED = {
     "Llama 3 70B and 405B (same page of torchtitan)": "tensor, pipeline and context parallelism, which are not here",
     "Megatron-Bridge pull 1409, 1,574 to 1,805 TFLOP/s a GPU": "batch, parallelism and GPU are not stated beside them",

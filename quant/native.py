@@ -6,8 +6,8 @@ An operand is one of three kinds: `whole`, FP8 with a scale of the tensor or of 
 two for each 32 along k; `nv`, E2M1 with an E4M3 number for each 16. Squares of these are read as rows. What else leaves the
 sum is alpha.
 
-    scaled_mm   torch.nn.functional.scaled_mm: whole on CPUs and from sm_89 on, mx of FP8 and nv from sm_100 on. Its CUDA
-                paths have not run here: FP8 is tested on a CPU, shapes of the others on `meta`
+    scaled_mm   torch.nn.functional.scaled_mm: whole on CPUs and from sm_89 on, mx of FP8 and nv from sm_100 on. FP8 is
+                tested on CPUs and has run on an H200; of the others only shapes are tested, on `meta`
     triton      kernels/matmul.py: all kinds, natively where there are block scales, else by decoding
 
 Sums are in an order of the hardware's own; Hopper's FP8 tensor cores also keep fewer bits of a sum than fp32 (arXiv:2412.19437

@@ -9,8 +9,8 @@ r >= 2^N (1 - f), where r is made of N bits of the word. Then
     the test      random numbers and words against a hypothesis, which is four lists of bits, the highest first: those in
                   HYPOTHESES, and what the map says. One that fits differs nowhere
 
-Nothing of it has been run on hardware. --emulate asks the emulator, whose answer is what testing/conversions.py assumes.
-Without a GPU that has the instruction it says so and ends with status 0.
+No hardware that has the instruction has been asked yet. --emulate asks the emulator, whose answer is what
+testing/conversions.py assumes. Without a GPU that has it, it says so and ends with status 0.
 """
 
 import argparse
