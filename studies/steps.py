@@ -56,6 +56,10 @@ def trainer(config: Config) -> Trainer:
     return made
 
 
+def kind(kernel: str) -> str:
+    return next(kind for kind, words in KINDS.items() if re.search(words, kernel))
+
+
 def worked(run, device: torch.device) -> Counter[str]:
     """Seconds of the GPU by kind."""
     found: Counter[str] = Counter()
@@ -65,8 +69,7 @@ def worked(run, device: torch.device) -> Counter[str]:
         torch.cuda.synchronize(device)
     for event in profiler.key_averages():
         if event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.key:  # (Optimizer.step# is no kernel)
-            kind = next(kind for kind, words in KINDS.items() if re.search(words, event.key))
-            found[kind] += event.self_device_time_total / 1e6
+            found[kind(event.key)] += event.self_device_time_total / 1e6
             found[f"  {event.key[:100]}"] += event.self_device_time_total / 1e6
     return found
 

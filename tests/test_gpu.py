@@ -18,6 +18,7 @@ from quant.encode import decode, encode
 from quant.gemm import Operand, gemm
 from quant.native import supports
 from quant.random import Key
+from studies import steps
 from studies.recipes import NAMES, ROOT
 from testing import settle
 from testing.operands import difference, numbers
@@ -209,3 +210,39 @@ def test_without_a_gpu_the_bench_says_so(capsys, monkeypatch, tmp_path):
     assert bench.main(["gpu"]) == 0
     assert capsys.readouterr().out == f"gpu: not measured, torch {torch.__version__} sees no CUDA device\n"
     assert list(tmp_path.iterdir()) == []
+
+
+# --- studies/steps.py ---
+
+
+def test_kernels_are_told_apart_by_their_names():
+    """Names as an H200 has them."""
+    names = {
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x4x1_cga1x1x1_kernel0": "attention",
+        "void cudnn::fusion::fmha_reduce_head<true>(void const*, void*, unsigned int)": "attention",
+        "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT": "products",
+        "matmul_kernel": "products",
+        **dict.fromkeys(("quantize_kernel", "amax_kernel", "prepare_kernel", "dequantise_kernel"), "quantisers"),
+        "triton_poi_fused__to_copy_mul_0": "quantisers",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::Fused": "optimiser",
+        "Memcpy DtoD (Device -> Device)": "copies",
+        "void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float, float>": "elementwise",
+    }
+    assert {name: steps.kind(name) for name in names} == names
+
+
+def test_the_report_of_steps_has_a_line_for_each_part():
+    got = {"seconds": 0.5, "live": 30.0, "reserved": 33.0, "losses": [9.0, 8.5], "kernels": {"products": 0.2, "attention": 0.1}}
+    said = {"seconds": 0.6, "live": 30.3, "reserved": 33.0, "parts": {"products": 0.25, "optimiser": 0.01}}
+    first, *rows = steps.report("tiny", got, said, 1000)
+    assert first == "tiny: 2,000 tokens/s; losses 9.0000, 8.5000"
+    found = {row[:19].strip(): row[19:].split() for row in rows[1:]}
+    assert found["live GiB"] == ["30.300", "30.000", "+1.0%"] and found["step s"] == ["0.600", "0.500", "+20.0%"]
+    assert found["products s"] == ["0.250", "0.200", "+25.0%"] and found["optimiser s"] == ["0.010", "0.000"]
+    assert found["idle s"] == ["0.000", "0.200"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu_steps_say_so(capsys):
+    assert steps.main([]) == 0
+    assert capsys.readouterr().out == f"studies.steps: not measured, torch {torch.__version__} sees no CUDA device\n"
