@@ -78,7 +78,7 @@ kernels-check: $(ready) ## compile every kernel for every GPU, inspect it, execu
 
 # Where the driver, the device or torch's CUDA is missing, all of it is skipped and says why.
 test-gpu: $(ready) ## the kernel tests on this GPU, and what only hardware answers [ARGS="-k words"]
-	$(py) -m pytest --gpu -rs tests/test_kernels.py tests/test_matmul.py tests/test_gpu.py $(ARGS)
+	$(py) -m pytest --gpu -rs tests/test_kernels.py tests/test_matmul.py tests/test_moments.py tests/test_gpu.py $(ARGS)
 	$(py) -m testing.settle
 
 bench-gpu: $(ready) ## time the kernels on this GPU for the Linears of three models, against BF16 and a copy [ARGS="--repeats 20"]

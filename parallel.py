@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
@@ -450,13 +450,10 @@ class Shards(Whole):
             if spec and world.size > 1 and (spec.keyed or spans):
                 raise ValueError(f"{what} = {spec.short()}: with several ranks it takes blocks of one row, rounded to nearest")
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        if config.offload and world.device.type == "cuda":  # (FSDP2 loses what hangs on the rows when it copies them to a GPU)
-            raise ValueError("parallel.offload = true: expected false, it is for CPUs so far")
-        offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.offload else OffloadPolicy()
         mesh = world.mesh if config.replicas > 1 else world.mesh["shard"]
         # Weights are let go after forward everywhere, also of the head, which backward begins with: between a step and an
         # evaluation in another precision nothing may be left of what was gathered.
-        given = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload, "reshard_after_forward": True}
+        given = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
         blocks = list(model.blocks)
         groups = [*blocks, model]
         for group in groups:
@@ -468,7 +465,7 @@ class Shards(Whole):
         for i, block in enumerate(blocks):
             block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + config.prefetch])
             block.set_modules_to_backward_prefetch(blocks[max(i - config.prefetch, 0) : i][::-1])
-        model.to_empty(device="cpu" if config.offload else world.device)
+        model.to_empty(device=world.device)
         if model.config.rope:
             model.rope = rope_table(model.config, world.device)
         found = [p for group in groups for p in group._get_fsdp_state()._fsdp_param_groups[0].fsdp_params]

@@ -79,7 +79,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: Config) -> AdamW:
     matrices = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW(groups, config.optimizer, t.seed, lr=t.lr, betas=t.betas, eps=t.eps)
+    return AdamW(groups, config.optimizer, t.seed, config.parallel.offload, lr=t.lr, betas=t.betas, eps=t.eps)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -476,7 +476,7 @@ def start(config: Config, run: Run, world: World) -> None:
     run.open(step, facts)
     count = sum(p.numel() for p in trainer.model.parameters())
     print(f"run: {run.folder}: {count:,} parameters, {config.tokens_per_step:,} tokens a step, {config.train.steps} steps")
-    if config.optimizer.state:
+    if config.optimizer.state or config.parallel.offload:
         print(f"optimizer: {trainer.optimizer.describe()}")
 
     def interrupted(number, frame):

@@ -117,7 +117,7 @@ class ParallelConfig:
     reduction: Literal["ordered", "library"] = "ordered"  # gradients, added in the order of ranks or as NCCL does
     accumulate: Literal["whole", "cut"] = "whole"  # gradients are reduced once a step, or after each micro-batch (less memory)
     prefetch: int = Field(1, ge=0)  # blocks that are gathered ahead
-    offload: bool = False  # masters and the optimiser's state on the CPU
+    offload: bool = False  # the optimiser's moments in the host's memory, a matrix at a time on the GPU (quant/moments.py)
 
 
 @frozen

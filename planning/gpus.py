@@ -97,5 +97,4 @@ EFFICIENCY = {
 }
 # Seconds of a collective, and of each hop of its ring over a link or a NIC: NCCL 2.28.7, src/graph/tuning.cc, ring, simple.
 START, HOP, FAR_HOP = 8.4e-6, 3.4e-6, 14e-6
-HOST = 77 * GB  # bytes/s a GPU of the CPU's memory: two sockets of 8 channels DDR5-4800 for 8 GPUs
 PCIE = 64 * GB  # bytes/s in one direction, PCIe 5 x16

@@ -2,8 +2,9 @@
 
     ranks W = replicas R x shards S        N parameters, m = micro_batches / W micro-batches on each rank
 
-    masters        4 N / S             fp32; 0 with parallel.offload, and so are
-    moments        8 N / S             AdamW's, or as optimizer.state keeps them; with Kahan's compensation 4 N / S more
+    masters        4 N / S             fp32
+    moments        8 N / S             AdamW's, or as optimizer.state keeps them; with Kahan's compensation 4 N / S more, all
+                                       that stays with parallel.offload
     gradients      4 N / S             fp32, after they are reduced. Where m > 1 they stay whole, 4 N, from the first
                                        micro-batch on, and are reduced in the backward pass of the last; with
                                        parallel.accumulate = "cut" each micro-batch reduces its own
@@ -86,11 +87,13 @@ def code_bytes(module: Linear) -> float:
     return found
 
 
-def moment_bytes(config: Config, model: nn.Module) -> float:
-    """Of AdamW's two moments, and of Kahan's compensation, whole."""
+def moment_bytes(config: Config, model: nn.Module, here: bool = False) -> float:
+    """Of AdamW's two moments, and of Kahan's compensation, whole. here: without moments that parallel.offload keeps on the
+    host."""
     state, weights, found = config.optimizer.state, config.weights, 0.0
     for name, p in model.named_parameters():
-        found += 2 * (coded(state, tuple(p.shape)) if state and p.ndim >= 2 else 4 * p.numel())
+        if not (here and config.parallel.offload):
+            found += 2 * (coded(state, tuple(p.shape)) if state and p.ndim >= 2 else 4 * p.numel())
         if weights.kahan and _stored(config, name):
             found += 4 * p.numel()
     return found
@@ -113,8 +116,7 @@ def timeline(model: Model, ranks: int) -> list[Moment]:
     pieces, around = [model.blocks[i] for i in range(len(blocks))], model.around
     N, sharded, ahead = sum(g.count for g in blocks) + rest.count, shards > 1, c.parallel.prefetch
     still, cut = dict.fromkeys(KINDS, 0.0), c.parallel.accumulate == "cut"
-    if not c.parallel.offload:
-        still |= {"masters": 4 * N / shards, "moments": moment_bytes(c, model.gpt) / shards}
+    still |= {"masters": 4 * N / shards, "moments": moment_bytes(c, model.gpt, here=True) / shards}
     if c.parallel.gather == "weights" or not sharded:
         still["codes"] = around.codes + sum(piece.codes for piece in pieces)
 
@@ -150,10 +152,10 @@ def timeline(model: Model, ranks: int) -> list[Moment]:
     found = list(micro_batch("", 0.0, micro == 1))
     if micro > 1:
         found += micro_batch("last ", 4.0 * N / (shards if cut else 1), True)
-    # The optimiser: weights from before where they are kept on a grid; one matrix of decoded moments.
+    # The optimiser: weights from before where they are kept on a grid; one matrix of moments that were decoded or fetched.
     named = dict(model.gpt.named_parameters())
     old = sum(4 * p.numel() for name, p in named.items() if c.weights.store and _stored(c, name))
-    decoded = 8 * max(p.numel() for p in named.values()) if c.optimizer.state else 0
+    decoded = 8 * max(p.numel() for p in named.values()) if c.optimizer.state or c.parallel.offload else 0
     return [*found, Moment("optimiser", "step", still | {"gradients": 4 * N / shards, "working": (old + decoded) / shards})]
 
 

@@ -6,7 +6,8 @@
                   `make kernels-check` counts of the kernel for this architecture; of a spec that has no row, by bytes alone
     elementwise   bytes / (bandwidth x share): of eager operations, each reads and writes its tensors (counted on meta); with
                   train.compile = "model" what products read and write is written and read once forward and twice backward
-    optimiser     bytes of masters, moments and gradients / (bandwidth x share)
+    optimiser     bytes of masters, moments and gradients / (bandwidth x share), and of moments that come from the host and go
+                  back / the bandwidth of PCIe, one after the other
     links         all-gathers of a block hide behind the block before (prefetch), and so do reductions in backward; what is
                   longer than that block, and the first group, is waited for
 
@@ -26,7 +27,7 @@ from typing import NamedTuple
 
 from configs import Config
 from parallel import shared
-from planning.gpus import EFFICIENCY, FAR_HOP, GPU, HOP, HOST, PCIE, START
+from planning.gpus import EFFICIENCY, FAR_HOP, GPU, HOP, PCIE, START
 from planning.memory import Group, groups, moment_bytes
 from planning.probe import Model, backend_on, coded, element_on, pairs, sizes_of
 from quant.choice import Spec
@@ -224,10 +225,9 @@ def _step(model: Model, gpu: GPU, ranks: int, share: float | None) -> tuple[dict
         parts["quantisers"] += quantiser(w, turned, module.weight.numel(), gpu, 4, decoded, share) / own
 
     # The optimiser reads and writes masters and moments, and reads gradients twice (their norm).
-    touched = (16 * N + 2 * moment_bytes(c, model.gpt)) / shards
-    away = c.parallel.offload  # gradients go down, and for each all-gather a shard comes up, in fp32
-    host = 4 * N / shards * (1 + 2 * micro) if away else 0.0
-    parts["optimiser"] = touched / HOST + 4 * N / shards / PCIE if away else touched / memory
+    moments = moment_bytes(c, model.gpt)
+    host = 2 * (moments - moment_bytes(c, model.gpt, here=True)) / shards  # what comes to the GPU and goes back, one by one
+    parts["optimiser"] = (16 * N + 2 * moments) / shards / memory + host / PCIE
 
     # Links. `wide`: shards reach beyond a domain; `far`: replicas are in other domains, where a rank has a NIC of its own.
     wide, one = shards > gpu.domain, (shards - 1) / shards
@@ -240,7 +240,7 @@ def _step(model: Model, gpu: GPU, ranks: int, share: float | None) -> tuple[dict
     rings = (START + 2 * (replicas - 1) * (FAR_HOP if far else HOP)) * (replicas > 1)
 
     def gathering(g: Group) -> float:
-        return g.gathered * one / speed + ring + away * 4 * g.count / shards / PCIE
+        return g.gathered * one / speed + ring
 
     def reducing(g: Group) -> float:
         return g.count * (4 * one / speed + reduced / across) + ring + rings

@@ -51,9 +51,9 @@ def gradients(step: int, wild: bool = False) -> list[Tensor]:
     return found
 
 
-def made(params: list[nn.Parameter], moments: Moments | None = None, seed: int = 0, lr: float = LR) -> AdamW:
+def made(params: list[nn.Parameter], moments: Moments | None = None, seed: int = 0, lr: float = LR, **more) -> AdamW:
     groups = [{"params": params[:2], "weight_decay": DECAY}, {"params": params[2:], "weight_decay": 0.0}]
-    return AdamW(groups, moments or Moments(), seed, lr=lr, betas=BETAS, eps=EPS)
+    return AdamW(groups, moments or Moments(), seed, lr=lr, betas=BETAS, eps=EPS, **more)
 
 
 def stepped(optimizer: AdamW, grads: list[Tensor]) -> None:
@@ -113,6 +113,31 @@ def test_moments_are_quantised_of_what_torch_made(name):
                     assert_same_bits(ours_now[part], parts[part], f"{key}{part} {number} after step {step}")
             m, r = (roots[power](x.dequantize()) for x in stored)
             kept[number] = [m, torch.maximum(r * r, (m.abs() / limit) ** 2)]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", [None, *KINDS])
+def test_moments_in_the_host_s_memory_change_no_bit(name, device):
+    """Also where a step was not finite, and after moments have been taken from a checkpoint; they lie on the CPU then."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    moments, found = KINDS[name] if name else None, []
+    for offload in (False, True):
+        params = [nn.Parameter(p.detach().to(device)) for p in parameters()]
+        optimizer = made(params, moments, offload=offload)
+        for step in range(4):
+            optimizer.found_inf = torch.full((), float(step == 2), device=device)
+            stepped(optimizer, [g.to(device) for g in gradients(step)])
+            if step == 1:
+                for p in params:
+                    optimizer.adopt(p, step, {key: optimizer.state[p][key] for key in NAMES}, (moments or Moments()).power)
+        state = [optimizer.state[p][key] for p in params for key in NAMES]
+        parts = [t for x in state for t in (x.state("")[0].values() if isinstance(x, QTensor) else [x])]
+        assert not offload or all(t.device.type == "cpu" for t in parts)
+        found.append([t.cpu() for t in (*(p.detach() for p in params), *parts)])
+        assert optimizer.describe().endswith("in the host's memory") == offload
+    for a, b in zip(*found, strict=True):
+        assert_same_bits(b, a)
 
 
 @given(

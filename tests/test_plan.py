@@ -255,6 +255,17 @@ def test_what_to_change_when_it_does_not_fit():
     assert 0 < most < 8 and tuple(sizes) == (True, False)
 
 
+def test_moments_on_the_host():
+    """They are nowhere on the GPU but for those of one matrix, and come and go once a step."""
+    here, away = (plan.plan(llama(f"parallel.offload={word}"), GPUS["b200"], 2, KNOWN) for word in ("false", "true"))
+    N = sum(p.numel() for p in here.models[0.0].gpt.parameters())
+    assert here.moments[0].parts["moments"] == 4 * N and away.moments[0].parts["moments"] == 0
+    largest = max(p.numel() for p in here.models[0.0].gpt.parameters())
+    assert away.moments[-1].parts["working"] == here.moments[-1].parts["working"] + 4 * largest
+    assert (here.estimate.host, away.estimate.host) == (0, 8 * N)
+    assert away.estimate.parts["optimiser"] == pytest.approx(here.estimate.parts["optimiser"] + 8 * N / 64e9)
+
+
 def test_a_picture(tmp_path):
     found = plan.plan(llama("train.micro_batches=4"), GPUS["b200"], 2, KNOWN)
     path = plan.picture(found, tmp_path / "a/b.png")
