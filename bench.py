@@ -31,7 +31,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -94,6 +94,7 @@ class Table:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.fared: dict[str, list[str]] = {"met": [], "missed": []}
+        self.sections: set[str] = set()
 
     def say(self, line: str) -> None:
         print(line, flush=True)
@@ -102,6 +103,7 @@ class Table:
     def add(self, section: str, found: dict[str, float], notes: dict[str, str], unit: str = "ms", factor: float = 1e3) -> None:
         """A line for each row, with its ratio to the first row and its target, if it has one."""
         base = next(iter(found))
+        self.sections.add(section)
         for row, value in found.items():
             line = f"  {row:36} {value * factor:9.2f} {unit} {value / found[base]:8.2f} x {base}   {notes.get(row, ''):22}"
             over, sense, limit = TARGETS.get((section, row), (None, "", 0))
@@ -112,10 +114,10 @@ class Table:
                 self.fared[fared].append(f"{section} {row}")
             self.say(line.rstrip())
 
-    def fare(self, sections: Iterable[str]) -> Iterator[str]:
-        """How the targets of these sections fared, a line for each word."""
-        known = set(sum(self.fared.values(), []))
-        asked = (f"{section} {row}" for section, row in TARGETS if section in sections)
+    def fare(self) -> Iterator[str]:
+        """How the targets of what has run fared, a line for each word."""
+        known = {*self.fared["met"], *self.fared["missed"]}
+        asked = (f"{section} {row}" for section, row in TARGETS if section in self.sections)
         for word, rows in (self.fared | {"not measured": [row for row in asked if row not in known]}).items():
             yield f"targets {word}: {'; '.join(rows) or 'none'}"
 
@@ -392,11 +394,11 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()  # as in training
     table.say(f"torch {torch.__version__}, {machine()}")
     table.say(fuse(True))
-    asked = [name for name in SECTIONS if name in args.what or ("all" in args.what and name not in BY_NAME)]
-    for name in asked:
-        SECTIONS[name](table, args, device)
+    for name, section in SECTIONS.items():
+        if name in args.what or ("all" in args.what and name not in BY_NAME):
+            section(table, args, device)
     table.say("")
-    for line in table.fare([*asked, *["kept"] * ("linear" in asked)]):
+    for line in table.fare():
         table.say(line)
     path = ROOT / "out" / "bench.txt"
     path.parent.mkdir(exist_ok=True)

@@ -219,7 +219,7 @@ class GPT(nn.Module):
     before, tokens are the T after these, and the cache then knows them too.
 
     `recompute`: what a block runs again in backward instead of keeping it. "full": all, only its input is kept. "selective":
-    all but products and attention, whose results are kept (products of Triton kernels, which torch cannot see, run again).
+    all but products and attention, whose results are kept.
     Noise and formats replay exactly, since they are functions of the position in the run, not of a generator.
     """
 

@@ -38,7 +38,7 @@ MEANING = {
     "masters": "fp32 weights",
     "moments": "of the optimiser",
     "gradients": "fp32",
-    "codes": "of quantised weights, kept for the step",
+    "codes": "quantised weights, kept for the step; BF16 where emulated",
     "gathered": "weights of the block that runs and the next",
     "activations": "kept for backward",
     "working": "loss, recomputed block, gradients before they are reduced",
@@ -267,7 +267,7 @@ def assumptions(found: Plan) -> Iterator[str]:
         yield "  quantisers by bytes alone, since docs/kernels.md counts no kernel of theirs for this GPU:"
         yield from (f"    {name[:120]}" for name in missing)
     if counted := wide(found):
-        yield f"  {counted} GEMMs of quantised operands have no tensor cores here: emulated, at the peak of BF16"
+        yield f"  {counted} GEMMs of quantised operands are emulated here, at the peak of BF16"
 
 
 def beside(found: Plan, known: Known) -> Iterator[str]:
@@ -345,7 +345,7 @@ def checks() -> Iterator[str]:
     yield f"within 30 % in throughput: {within['speed']} of {len(ROWS)}, the first of which chose the share of the peak that"
     yield f"products are taken to reach; within 15 % in memory: {within['space']} of {len(ROWS)}"
     yield ""
-    yield "This trainer, on one GPU (python -m studies.steps): tokens/s; GiB live, and reserved."
+    yield "This trainer, on one GPU (python -m studies.steps): tokens/s; GiB live; and reserved, by a share that is from here."
     for own in OWN:
         found = plan(own.load(), GPUS[own.gpu], 1, {})
         numbers = (
@@ -418,7 +418,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("override", nargs="*", default=[], help="key=value, e.g. train.recompute=none parallel.replicas=4")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gpu", default="b200", help=", ".join(GPUS))
-    parser.add_argument("--check", action="store_true", help="against published runs, and stop")
+    parser.add_argument("--check", action="store_true", help="against published runs and two of this trainer, and stop")
     parser.add_argument("--scale", action="store_true", help="8 to 16,384 GPUs, and stop")
     args = parser.parse_intermixed_args(argv)
     if args.check:

@@ -46,16 +46,11 @@ def quantised(spec: Spec, capability: int) -> str:
     return "fast" if all(quick(side_of(each), target_at(capability)) for each in scaled) else "slow"
 
 
-def multiplied(a: Spec, b: Spec, capability: int) -> str:
-    """ "scaled_mm" and "triton": the codes, by instructions that take them; else "emulated", in BF16."""
-    found, _ = pick(a, b, SIZES, torch.device("cuda"), capability=capability)
-    return "emulated" if found == "emulate" else found
-
-
 def table() -> str:
     head = ("", "CPU", *GPUS)
     rows = [head, ("---",) * len(head)]
     for name, (a, b) in FORMATS.items():
-        cells = [f"{quantised(a, capability)} · {multiplied(a, b, capability)}" for capability in GPUS.values()]
-        rows.append((name, "fused · emulated", *cells))
+        took = [pick(a, b, SIZES, torch.device("cuda"), capability=c)[0] for c in GPUS.values()]
+        cells = [f"{quantised(a, c)} · {backend}" for c, backend in zip(GPUS.values(), took, strict=True)]
+        rows.append((name, "fused · emulate", *cells))
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)

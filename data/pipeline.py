@@ -73,7 +73,10 @@ class DataConfig:
             return
         if self.source:
             names = ", ".join(sorted(self.sources))
-            raise ValueError(f'source {self.source!r} and sources {names} are both given; set source = "" to mix the latter')
+            raise ValueError(
+                f'source {self.source!r} and sources {names} are both given; to mix the latter set source = "", '
+                "to read the former alone sources = {} and phases = []"
+            )
         if wrong := [name for name in self.sources if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
             raise ValueError(f"sources: {wrong[0]!r} is no name; expected letters, digits, - and _")
         mixture.check(self.sources, self.phases, self.validate)

@@ -63,6 +63,7 @@ def prepare_kernel(amax_ptr, held_ptr, table_ptr, factor_ptr, outer_ptr, top, in
 
 @functools.cache
 def fp32(x: float) -> float:
+    """The nearest fp32 number."""
     return float(torch.tensor(x))
 
 

@@ -1,6 +1,7 @@
 """ROWS: runs that others have published with all that a plan needs, and what the plan says of them: `python plan.py --check`.
 
-They are of torchtitan, which is not this trainer. What is modelled of it, by its own documents and sources:
+They are of torchtitan, which is not this trainer; OWN are runs of this one. What is modelled of torchtitan, by its own
+documents and sources:
 
     weights        gathered in BF16, quantised where they are used, codes not kept; gradients reduced in fp32; FSDP2 by blocks
     activations    "selective": a block's input, the output of attention and of every second product are kept, of wq wk wv

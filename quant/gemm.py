@@ -1,10 +1,10 @@
-"""gemm(a, b): y[M, N] = a[M, K] b[N, K]^T of two operands. The only place where a backend is picked.
+"""gemm(a, b): y[M, N] = a[M, K] b[N, K]^T of two operands. A backend is picked here and in native.py, and nowhere else.
 
     emulate     anywhere: operands as `code * scale`, BF16 where that is exact (quantize.py); scales of a tensor or of rows
                 leave the sum as alpha, so one ordinary matrix product is all there is
     scaled_mm   torch.nn.functional.scaled_mm   \\   of the packed operands; native.py has what they can
     triton      kernels/matmul.py               /
-    auto        on CUDA, for each GEMM the first of scaled_mm and triton that can on tensor cores of these codes; else emulate
+    auto        on CUDA, for each GEMM scaled_mm if it can, else triton if it can without decoding, else emulate
 
 What is emulated has a mode, which also says how hardware may add (accumulate.py):
 

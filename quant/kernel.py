@@ -145,14 +145,14 @@ def encode(
     x: Tensor, spec: QuantSpec, key: Key | None = None, sign_key: Key | None = None, held: Tensor | None = None
 ) -> QTensor:
     """encode.encode for x [R, K] that `takes` takes. Raises ValueError with the obstacle, if there is one."""
-    from quant.launch import quantize_op, run  # (needs Triton)
+    from quant.launch import call, quantize_op  # (needs Triton)
 
     check(x.shape, spec)
     if why := obstacle(spec):
         raise ValueError(f"{spec.short()}: no kernel for {why}")
     m, transposed = in_memory(x)
     text, keys = _text(spec), _keys(spec, key, sign_key, held, x.device)
-    out = run(quantize_op, m, "" if transposed else text, text if transposed else "", keys, keys, _rounding == RS)
+    out = call(quantize_op, m, "" if transposed else text, text if transposed else "", keys, keys, _rounding == RS)
     return _qtensor(out, spec, x.shape)
 
 
@@ -161,12 +161,12 @@ def encode_pair(
 ) -> tuple[QTensor, QTensor]:
     """x [M, K] by the first spec, and x^T by the second, of one read; the other arguments are those of `encode`, of each.
     `takes` takes both."""
-    from quant.launch import quantize_op, run
+    from quant.launch import call, quantize_op
 
     for shape, spec in zip((x.shape, x.shape[::-1]), specs, strict=True):
         check(shape, spec)
     given = [_keys(*each, x.device) for each in zip(specs, keys, sign_keys, helds, strict=True)]
-    out = run(quantize_op, x, *map(_text, specs), *given, _rounding == RS)
+    out = call(quantize_op, x, *map(_text, specs), *given, _rounding == RS)
     return _qtensor(out[:3], specs[0], x.shape), _qtensor(out[3:], specs[1], x.shape[::-1])
 
 
@@ -203,22 +203,22 @@ def values(
 ) -> Tensor:
     """[R, K] in BF16 or fp32: what was made of x by one spec, or of each unit `per` of x by that which index (int64 [] or
     [R / r, K / k]) names. made: the codes of each spec, None of BF16 unscaled, x itself; dense: times their factors."""
-    from quant.launch import dequantise_op, run
+    from quant.launch import call, dequantise_op
 
     device = made[0].packed_codes.device if x is None else x.device
     empty = torch.empty(0, device=device)
     codes, scales, factors = _lists(made, empty, dense)
     x, index = (empty if t is None else t for t in (x, index))
-    return run(dequantise_op, x, index, codes, scales, factors, _texts(specs), _sizes(per), dense, dtype == torch.bfloat16)
+    return call(dequantise_op, x, index, codes, scales, factors, _texts(specs), _sizes(per), dense, dtype == torch.bfloat16)
 
 
 def errors(x: Tensor, spec: QuantSpec | None, q: QTensor | None, by: str, per: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """What a metric of choose.py is the quotient of, two fp64 [R / r, K / k], or the two of a range, where spec is None.
     x [R, K]; q: its codes by this spec, None as above."""
-    from quant.launch import errors_op, run
+    from quant.launch import call, errors_op
 
     parts = _lists([q], torch.empty(0, device=x.device), True)
-    found = run(errors_op, x, *parts, _text(spec), by, _sizes(per))
+    found = call(errors_op, x, *parts, _text(spec), by, _sizes(per))
     return found[0], found[1]
 
 

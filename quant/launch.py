@@ -119,6 +119,9 @@ def _spec(text: str) -> QuantSpec | None:
     return SPECS.validate_python(json.loads(text)) if text else None
 
 
+_functions: dict[Callable, Callable] = {}  # operator -> what it is made of
+
+
 def operator(name: str) -> Callable:
     """Registers a function as an operator."""
 
@@ -130,10 +133,7 @@ def operator(name: str) -> Callable:
     return register
 
 
-_functions: dict[Callable, Callable] = {}
-
-
-def run(made: Callable, *given):
+def call(made: Callable, *given):
     """The operator where something is traced, else its function: dispatching costs the host a quarter of a launch."""
     if compiling():
         return made(*given)
@@ -255,9 +255,9 @@ def matmul_obstacle(formats: tuple[str, str], scale: str, group: int, M: int, N:
     return obstacle(formats, scale, group, M, N, K, has)
 
 
-def decodes(formats: tuple[str, str], scale: str, group: int, on: int | None) -> bool:
-    """Whether narrow::matmul multiplies what it has decoded; by default on the GPU that there is."""
-    return way(formats, scale, group, capability() if on is None else on) == "decoded"
+def matmul_way(formats: tuple[str, str], scale: str, group: int, on: int | None) -> str:
+    """How narrow::matmul multiplies these (kernels/matmul.py); by default on the GPU that there is."""
+    return way(formats, scale, group, capability() if on is None else on)
 
 
 @torch.library.custom_op("narrow::matmul", mutates_args=())  # always as one: "selective" keeps its result (model.py)

@@ -14,7 +14,7 @@ that is a ladder without a Memory.
 
 A look is finished by the first call in a later step. All is arithmetic on the device. Only a delayed level is read by the
 host, from a copy that has been on its way since the level was settled: so a GPU is waited for with a delay of 1, and not with
-one of 2 (as documented; not run on one yet). With several ranks `worst` is theirs to maximise.
+one of 2 (as documented, not measured). With several ranks `worst` is theirs to maximise.
 """
 
 import zlib

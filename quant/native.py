@@ -100,20 +100,16 @@ def pick(
     reasons = {}
     for backend in ("scaled_mm", "triton"):
         why = supports(backend, a, b, sizes, device, dtype, capability)
-        if backend == "triton" and not why and decodes(a, b, capability):
-            why = "no tensor core takes these codes, and the kernel decodes each of them once for every tile of the product"
+        if backend == "triton" and not why:
+            from quant.launch import matmul_way  # (needs Triton)
+
+            x, w = kind(a), kind(b)
+            if matmul_way((x.element, w.element), *SCALES[x.scale], capability) == "decoded":
+                why = "the kernel decodes these codes here, each of them once for every tile of the product"
         if not why:
             return backend, reasons
         reasons[backend] = why
     return "emulate", reasons
-
-
-def decodes(a: Spec, b: Spec, capability: int | None = None) -> bool:
-    """Whether `triton` makes BF16 of the codes in its inner loop."""
-    from quant.launch import decodes  # (needs Triton)
-
-    x, w = kind(a), kind(b)
-    return decodes((x.element, w.element), *SCALES[x.scale], capability)
 
 
 def multiply(backend: str, a: QTensor, b: QTensor, dtype: torch.dtype) -> Tensor:

@@ -52,7 +52,6 @@ def trainer(config: Config) -> Trainer:
     corpus = SimpleNamespace(tokenizer=tokenizer, batch=lambda *place: batch)  # all that a step asks of it
     made = Trainer(config, run=None, corpus=corpus)
     made.set_policy(0)
-    made.shards.changed()
     return made
 
 
@@ -116,14 +115,17 @@ def main(argv: list[str]) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, formatter_class=raw)
     parser.add_argument("given", nargs="*", metavar="CONFIG or key=value")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="that count, at least 1; default 3")
     parser.add_argument("--out", type=Path, help="JSON, with every kernel")
     args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error("--steps is at least 1")
     if not torch.cuda.is_available():
         print(f"studies.steps: not measured, torch {torch.__version__} sees no CUDA device")
         return 0
     name = torch.cuda.get_device_name()
-    gpu = next((key for key in GPUS if key.upper() in name.upper().split()), "")
+    words = set(re.split(r"[\s-]+", name.lower()))
+    gpu = next((key for key in GPUS if words >= set(key.split("-"))), "")
     if not gpu:
         raise ValueError(f"{name}: no data sheet of that name in planning/gpus.py; there are {', '.join(GPUS)}")
     overrides = ["train.micro_batches=2", *(word for word in args.given if "=" in word)]

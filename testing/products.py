@@ -39,12 +39,12 @@ def product(
     x, w = (q.dequantize().double() for q in operands)
     exact = x @ w.t()
     truncating = capability in (89, 90) and way(formats, scale, group, capability) == "plain"
-    return y, exact, bound_of(x, w, dtype, truncating)
+    return y, exact, bound_of(x, w, dtype, truncating, step=128 if capability == 90 else 0)
 
 
 def bound_of(x: Tensor, w: Tensor, dtype: torch.dtype, truncating: bool = False, step: int = 128) -> Tensor:
-    """x [M, K] w [N, K]^T of fp64 -> how far the product may be from it. truncating: sums of FP8 on sm_89 and sm_90, which are
-    added to fp32 ones after each `step` along K."""
+    """x [M, K] w [N, K]^T of fp64 -> how far the product may be from it. truncating: sums of FP8 on sm_89 and sm_90, where
+    each `step` along K has a sum of its own, in fp32 added to those before; 0: all of K has one."""
     exact = x @ w.t()
     # Sums of K terms in fp32, in any order, toward zero at worst, then a product with that of the factors, and a rounding to
     # the dtype. (dequantize rounds code * factor to fp32, half an ulp of each of two operands.)
@@ -54,6 +54,7 @@ def bound_of(x: Tensor, w: Tensor, dtype: torch.dtype, truncating: bool = False,
         return bound
     # An instruction adds 32 products to its sum, each cut off 13 bits below the largest of them, and so is what comes out
     # (arXiv:2412.19437 section 3.5.2 of sm_90, arXiv:2411.10958 of sm_89 too): 34 times 2^-13 of the largest.
+    step = step or x.shape[1]
     for start in range(0, x.shape[1], step):
         total = torch.zeros_like(exact)
         for k in range(start, min(start + step, x.shape[1]), 32):

@@ -176,9 +176,12 @@ def test_switches_are_the_shares_where_something_changes():
 
 @given(st.integers(1, 10**6), st.integers(0, 10**4))
 def test_a_rule_begins_with_the_step_at_which_assign_sees_it(steps, digits):
-    """Of a share as people write it, four digits: the exact product, rounded up. 0.07 * 100 is above 7 in floats."""
+    """Of a share as people write it, four digits: the exact product, rounded up."""
     exact = math.ceil(Fraction(digits, 10**4) * steps)
     assert first_step(digits / 10**4, steps) == exact
+
+
+def test_seven_hundredths_of_a_hundred_steps_are_seven():
     assert first_step(0.07, 100) == 7 < math.ceil(0.07 * 100)
 
 
