@@ -514,7 +514,8 @@ class Shards(Whole):
         for name, p in self.model.named_parameters():
             assert p.grad is not None, name
             self.parameters[name].grad, p.grad = p.grad._local_tensor, None
-        state = list(memory(self.model).values())  # of delayed scales and ladders: their largest of all micro-batches
+        # Of delayed scales and ladders: their largest of all micro-batches. By name: a checkpoint brings them in any order.
+        state = [t for _, t in sorted(memory(self.model).items())]
         if state:
             merged = self.world.max(torch.cat([t.flatten() for t in state]))
             for t, found in zip(state, merged.split([t.numel() for t in state]), strict=True):

@@ -146,9 +146,12 @@ SMALL = ["model.blocks=2", "model.seq_len=128", "train.batch_size=2", "train.ste
 SMALL += ["run.sample_tokens=4", "run.checkpoint_every=2", "run.keep=9", "parallel.gather=codes"]
 
 
+def launcher(ranks: int, config: str, *overrides: str) -> list[str]:
+    return [sys.executable, "launch.py", str(ranks), "train.py", str(ROOT / f"configs/{config}.toml"), *overrides]
+
+
 def launched(ranks: int, out, *overrides: str, check: bool = True, config: str = "tiny-nvfp4") -> subprocess.CompletedProcess:
-    given = [*SMALL, f"run.out={out}", "run.name=a", *overrides]
-    command = [sys.executable, "launch.py", str(ranks), "train.py", f"configs/{config}.toml", *given]
+    command = launcher(ranks, config, *SMALL, f"run.out={out}", "run.name=a", *overrides)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
@@ -208,8 +211,7 @@ def test_a_step_is_resumed_on_other_numbers_of_ranks(tmp_path, first, then):
 @pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_and_the_run_goes_on(run, tmp_path):
     """kill -9 while it trains: the end is that of the run that nobody killed."""
-    given = [*SMALL, f"run.out={tmp_path}", "run.name=a"]
-    command = [sys.executable, "launch.py", "2", "train.py", "configs/tiny-nvfp4.toml", *given]
+    command = launcher(2, "tiny-nvfp4", *SMALL, f"run.out={tmp_path}", "run.name=a")
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
         while not (tmp_path / "a/step_000002").exists():
             assert started.poll() is None
