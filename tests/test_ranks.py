@@ -66,3 +66,42 @@ def test_ranks_resume_with_what_linears_remember(small, variant):
     whole, many = alone(small, f"{variant}-whole", *overrides, config=variant), folder(small, name)
     same_end(whole, many)
     assert losses(whole) == losses(many) and len(losses(whole)) == 8
+
+
+@pytest.mark.slow
+def test_replicas_are_saved_and_go_on(small):
+    """Two replicas of one shard add two gradients, as one process and two shards do: the same bits, also of norms, summed in
+    fp64 over shards and rounded to fp32 (parallel.clip: all but one in 10^8). With more ranks `parallel.replicas` means another
+    order of sums, so a run keeps it, and a branch may change it."""
+    two, whole = "parallel.replicas=2", alone(small, "replicas-whole")
+    ranks(2, small, "replicas", two)
+    same_end(whole, folder(small, "replicas"))
+    for step in (4, 6, 8):
+        shutil.rmtree(folder(small, "replicas") / f"step_{step:06d}")
+    assert "continues from" in ranks(2, small, "replicas", two)
+    same_end(whole, folder(small, "replicas"))
+    assert losses(whole) == losses(folder(small, "replicas"))
+    said = ranks(2, small, "replicas", code=2)
+    assert "parallel.replicas: 2 -> 1" in said and "run.init_from=" in said and "Traceback" not in said
+    start = f"run.init_from={folder(small, 'replicas') / 'step_000002'}"
+    same_end(whole, alone(small, "replicas-to-one", start))
+    ranks(2, small, "replicas-to-shards", start)
+    same_end(whole, folder(small, "replicas-to-shards"))
+
+
+@pytest.mark.slow
+def test_two_replicas_of_two_shards_are_two_shards_of_twice_the_work(small):
+    """Ranks 0, 1 | 2, 3 of two replicas and two ranks with micro-batches 0, 1 | 2, 3 both add (0 + 1) + (2 + 3): weights and
+    moments have the same bits. A loss is the sum of ranks in turn: of four positive numbers, two orders differ by at most
+    2 x 3 x 2^-24 of it."""
+    share, run = "train.micro_batches=4", folder(small, "two-by-two")
+    ranks(4, small, "two-by-two", share, "parallel.replicas=2")
+    before = run.rename(run.with_name("two-by-two-whole"))
+    shutil.copytree(before, run, ignore=shutil.ignore_patterns("step_*[468]"))
+    assert "after step 2" in ranks(4, small, "two-by-two", share, "parallel.replicas=2")
+    same_end(before, run)
+    assert losses(before) == losses(run)
+    ranks(2, small, "two-by-two-shards", share, f"run.init_from={run / 'step_000002'}")
+    shards = folder(small, "two-by-two-shards")
+    same_end(run, shards)
+    assert losses(shards) == pytest.approx(losses(run)[2:], rel=6 * 2**-24, abs=0)
