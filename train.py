@@ -481,7 +481,9 @@ def start(config: Config, run: Run, world: World) -> None:
 
     def interrupted(number, frame):
         trainer.stopped_by = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        # A second one ends one process at once; ranks get it from a scheduler and again from what has started them, which kills
+        # those that do not end.
+        signal.signal(number, signal.SIG_IGN if world.sharded else signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, interrupted)
     signal.signal(signal.SIGTERM, interrupted)

@@ -1,13 +1,19 @@
 """Whole runs of several ranks, in real processes under gloo: how they branch, stop, fail and go on. What a step of theirs
 computes: tests/test_parallel.py."""
 
+import os
 import shutil
+import signal
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+import checkpoint
 import train
+from studies.drill import workers
 from tests.test_parallel import launcher
 from tests.test_train import ROOT, VARIANTS, assert_same_step, folder, losses
 
@@ -105,3 +111,58 @@ def test_two_replicas_of_two_shards_are_two_shards_of_twice_the_work(small):
     shards = folder(small, "two-by-two-shards")
     same_end(run, shards)
     assert losses(shards) == pytest.approx(losses(run)[2:], rel=6 * 2**-24, abs=0)
+
+
+def begun(number: int, small, name: str, *overrides: str, config: str = "tiny-nvfp4") -> tuple[subprocess.Popen, list[int]]:
+    """A run that has done a step or more since it was started; the process ids of its ranks in their order."""
+    command = launcher(number, config, *small, *SHORT, f"run.name={name}", *overrides)
+    log, out = folder(small, name) / "metrics.jsonl", next(o for o in small if o.startswith("run.out="))
+    before = log.read_text() if log.exists() else ""
+    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not log.exists() or len(log.read_text()) <= len(before):
+        assert started.poll() is None, started.stdout.read()
+        time.sleep(0.002)
+    found = {}
+    for pid in workers(name, out.removeprefix("run.out=")):
+        words = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        found[next(int(word[5:]) for word in words if word.startswith("RANK="))] = pid
+    return started, [found[rank] for rank in range(number)]
+
+
+@pytest.mark.slow
+def test_sigterm_to_any_of_the_ranks_and_their_launcher_saves_one_step(small):
+    """One run, stopped again and again: by a signal to the first rank, to the other, to both a moment apart, to the launcher,
+    and to all that there are, as a scheduler does, where ranks get theirs and what the launcher passes on."""
+    given = ["train.steps=60", "run.checkpoint_every=0"]
+    run, done = folder(small, "term-ranks"), 0
+    for who, pause in (([0], 0), ([1], 0), ([0, 1], 0.05), ([1, 0], 0.3), ([2], 0), ([2, 0, 1], 0), ([0, 1, 2], 0.02)):
+        started, found = begun(2, small, "term-ranks", *given)
+        for rank in who:
+            with suppress(ProcessLookupError):  # that one has stopped already
+                os.kill([*found, started.pid][rank], signal.SIGTERM)
+            time.sleep(pause)
+        said, _ = started.communicate(timeout=300)
+        assert started.returncode == 0 and "Traceback" not in said, said
+        newest = checkpoint.steps(run)[-1]
+        assert newest > done and f": saved {run}/step_{newest:06d} and stopped" in said, (who, said)
+        if len(who) == 1:
+            assert ("a signal to another rank" if who == [1] else "SIGTERM") + f": saved {run}" in said, (who, said)
+        assert len(losses(run)) == newest and not list(run.glob(".*"))
+        done = newest
+    ranks(2, small, "term-ranks", *given)
+    whole = alone(small, "term-ranks-whole", *given)
+    same_end(whole, run, 60)
+    assert losses(whole) == losses(run)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_waits_for_the_step_that_is_being_written(small):
+    """A learning rate of 1e30 breaks the weights in step 1, which is being written when step 2 shows it. All ranks run that one
+    again, the first says what it found, and nobody starts again."""
+    given = "train.lr=1e30", "train.warmup=0", "run.checkpoint_every=1"
+    said, run = ranks(2, small, "broken-ranks", *given, code=3), folder(small, "broken-ranks")
+    assert said.count("step 2 is the first with a non-finite loss") == 1 and "Traceback" not in said, said
+    assert f"the last good checkpoint is {run / 'step_000001'}" in said and "start again" not in said
+    assert checkpoint.steps(run) == [1] and checkpoint.fault(run / "step_000001") is None and not list(run.glob(".*"))
+    for text in (said, (run / "rank_1.log").read_text()):
+        assert "the ten worst operands of step 2" in text and "non-finite, SQNR" in text
