@@ -166,3 +166,19 @@ def test_a_loss_that_is_not_finite_waits_for_the_step_that_is_being_written(smal
     assert checkpoint.steps(run) == [1] and checkpoint.fault(run / "step_000001") is None and not list(run.glob(".*"))
     for text in (said, (run / "rank_1.log").read_text()):
         assert "the ten worst operands of step 2" in text and "non-finite, SQNR" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "overrides", "sentence"),
+    [
+        ("dqt", [], "weights.store = "),
+        ("tiny-nvfp4", ["model.ffn=384"], "the config's model wants"),
+    ],
+)
+def test_a_mistake_that_all_ranks_find_is_said_once(small, config, overrides, sentence):
+    if overrides:
+        ranks(2, small, "mistake-source", "train.steps=2")
+        overrides = [*overrides, f"run.init_from={folder(small, 'mistake-source')}"]
+    said = ranks(2, small, "mistake", *overrides, config=config, code=2)
+    assert said.count(sentence) == 1 and "Traceback" not in said and "start again" not in said, said
