@@ -58,13 +58,13 @@ class Saver:
         whole = {name: self.cut(name, p.detach()) for name, p in self.shards.parameters.items()} | memory(self.shards.model)
         kinds = dict.fromkeys(whole, 1) | dict.fromkeys(tensors, 2)
         whole |= {key: self.cut(self.owner(key), t) if t.ndim else t for key, t in tensors.items()}
-        place = self.run / f".shards_step_{step:06d}"
+        place, self.folder = self.run / f".shards_step_{step:06d}", checkpoint.step_folder(self.run, step)
         self.shards.once(lambda: shutil.rmtree(place, ignore_errors=True))
         writer = dcp.HuggingFaceStorageWriter(str(place), kinds, save_distributed=True)
         self.writing = dcp.async_save(whole, storage_writer=writer, process_group=self.group)
         if self.shards.world.first:
             self.made = self.pool.submit(self.make, self.writing, place, step, record, about)
-        return checkpoint.step_folder(self.run, step)
+        return self.folder
 
     def cut(self, name: str, rows: Tensor) -> DTensor:
         """Rows of this rank, as wide as they may be, as part of all rows of a parameter."""
@@ -101,11 +101,11 @@ class Saver:
             for work in filter(None, (self.writing, self.made)):
                 work.result()
         except CheckpointException as error:
-            why, safe = next(iter(error.failures.values()))[0], checkpoint.steps(self.run)
+            (rank, (why, _)), safe = next(iter(error.failures.items())), checkpoint.steps(self.run)
             rest = (
                 f"the newest complete checkpoint is {checkpoint.step_folder(self.run, safe[-1])}" if safe else "there is none"
             )
-            raise OSError(f"{self.run}: a step could not be written: {why}; {rest}") from None
+            raise OSError(f"could not write {self.folder}: {why} (rank {rank}); {rest}") from None
         self.writing = self.made = None
         self.shards.once(lambda: None)  # nobody goes on without the first
 

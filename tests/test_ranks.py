@@ -2,6 +2,7 @@
 computes: tests/test_parallel.py."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -166,6 +167,31 @@ def test_a_loss_that_is_not_finite_waits_for_the_step_that_is_being_written(smal
     assert checkpoint.steps(run) == [1] and checkpoint.fault(run / "step_000001") is None and not list(run.glob(".*"))
     for text in (said, (run / "rank_1.log").read_text()):
         assert "the ten worst operands of step 2" in text and "non-finite, SQNR" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("full", "size"), [([1], 300_000), ([0], 300_000), ([0, 1], 300_000), ([0], 2_000_000)])
+def test_a_step_that_cannot_be_written_ends_all_ranks_and_leaves_the_others(small, full, size):
+    """Files of some ranks may grow no more, as on a full disk: those of each rank's rows (of 361,088 parameters half, in 4
+    bytes, and 8 of moments), or with 2 MB only that of all moments. One sentence, no new start, and what was there is there;
+    with room again the run goes on."""
+    name = f"full-{'-'.join(map(str, full))}-{size}"
+    run = folder(small, name)
+    started, found = begun(2, small, name, "train.steps=40")
+    while not checkpoint.steps(run):
+        assert started.poll() is None, started.stdout.read()
+        time.sleep(0.002)
+    for rank in full:
+        resource.prlimit(found[rank], resource.RLIMIT_FSIZE, (size, size))
+    said, _ = started.communicate(timeout=300)
+    assert started.returncode == 2 and "Traceback" not in said and "start again" not in said, said
+    safe = checkpoint.steps(run)
+    assert said.count("could not write") == 1 and "File too large" in said, said
+    assert all(checkpoint.fault(checkpoint.step_folder(run, s)) is None for s in safe)
+    assert f"train.py, rank 0: could not write {run}/step_{safe[-1] + 2:06d}: " in said, said
+    assert f"; the newest complete checkpoint is {run}/step_{safe[-1]:06d}\n" in said, said
+    assert f"after step {safe[-1]}" in ranks(2, small, name, "train.steps=40")
+    assert checkpoint.steps(run)[-1] == 40 and not list(run.glob(".*"))
 
 
 @pytest.mark.slow
