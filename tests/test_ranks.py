@@ -1,6 +1,7 @@
 """Whole runs of several ranks, in real processes under gloo: how they branch, stop, fail and go on. What a step of theirs
 computes: tests/test_parallel.py."""
 
+import json
 import os
 import resource
 import shutil
@@ -208,3 +209,12 @@ def test_a_mistake_that_all_ranks_find_is_said_once(small, config, overrides, se
         overrides = [*overrides, f"run.init_from={folder(small, 'mistake-source')}"]
     said = ranks(2, small, "mistake", *overrides, config=config, code=2)
     assert said.count(sentence) == 1 and "Traceback" not in said and "start again" not in said, said
+
+
+@pytest.mark.slow
+def test_a_profile_is_of_the_first_rank(small):
+    said, run = ranks(2, small, "profile-ranks", "train.steps=5", "train.profile=2:4"), folder(small, "profile-ranks")
+    assert said.count(f"profile: {run}/profile_2-4.json") == 1
+    found = {event.get("name", "") for event in json.loads((run / "profile_2-4.json").read_text())["traceEvents"]}
+    assert any("mm" in name for name in found) and any("gloo" in name for name in found), sorted(found)
+    assert checkpoint.steps(run)[-1] == 5
