@@ -503,10 +503,8 @@ if __name__ == "__main__":
         print(f"\n{name}: interrupted; it can be started again", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        if rank not in (
-            None,
-            "0",
-        ):  # most mistakes are of all ranks: the first says it, and what has started them ends this one
+        # Most mistakes are of all ranks: the first says it, and what has started them ends the others meanwhile.
+        if rank not in (None, "0"):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         print(f"{name}: {error}", file=sys.stderr)
