@@ -496,6 +496,9 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except Stop as stop:
+        if rank is not None:  # a signal that others have had may come while Python ends: killed by it, all would start again
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if rank in (None, "0"):
             print(f"{name}: {stop}", file=sys.stderr)
         sys.exit(3 if "non-finite" in str(stop) else 0)

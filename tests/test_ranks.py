@@ -137,7 +137,8 @@ def test_sigterm_to_any_of_the_ranks_and_their_launcher_saves_one_step(small):
     and to all that there are, as a scheduler does, where ranks get theirs and what the launcher passes on."""
     given = ["train.steps=60", "run.checkpoint_every=0"]
     run, done = folder(small, "term-ranks"), 0
-    for who, pause in (([0], 0), ([1], 0), ([0, 1], 0.05), ([1, 0], 0.3), ([2], 0), ([2, 0, 1], 0), ([0, 1, 2], 0.02)):
+    moments = [([0], 0), ([1], 0), ([0, 1], 0.05), ([1, 0], 0.3), ([0, 1], 0.5), ([2], 0), ([2, 0, 1], 0), ([0, 1, 2], 0.02)]
+    for who, pause in moments:
         started, found = begun(2, small, "term-ranks", *given)
         for rank in who:
             with suppress(ProcessLookupError):  # that one has stopped already
