@@ -38,6 +38,9 @@ FREE = (
     "train.stats_every",
     "train.profile",
     "train.recompute",
+    "parallel.gather",
+    "parallel.prefetch",
+    "parallel.offload",
 )
 
 

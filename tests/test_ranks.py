@@ -77,6 +77,17 @@ def test_ranks_resume_with_what_linears_remember(small, variant):
 
 
 @pytest.mark.slow
+def test_what_moves_and_lies_where_may_change_in_a_run(small):
+    whole, moved = alone(small, "moved-whole"), ["parallel.gather=weights", "parallel.prefetch=0", "parallel.offload=true"]
+    ranks(2, small, "moved")
+    for step in (4, 6, 8):
+        shutil.rmtree(folder(small, "moved") / f"step_{step:06d}")
+    said = ranks(2, small, "moved", *moved)
+    assert said.count("continues with a change that alters no number, parallel.") == 3 and "in the host's memory" in said
+    same_end(whole, folder(small, "moved"))
+
+
+@pytest.mark.slow
 def test_replicas_are_saved_and_go_on(small):
     """Two replicas of one shard add two gradients, as one process and two shards do: the same bits, also of norms, summed in
     fp64 over shards and rounded to fp32 (parallel.clip: all but one in 10^8). With more ranks `parallel.replicas` means another
