@@ -103,6 +103,7 @@ def test_the_policy_is_a_config(found, small):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_policy_may_be_searched_again(found, small, tmp_path):
     """Its recipes have names of their own, and nothing of the first policy's; overrides of the model come along."""
     out = tmp_path / "again.toml"
